@@ -1,0 +1,63 @@
+"""What an engine that generates must offer: tokens in, tokens out, each with its log-prob and version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one call to :meth:`Sampler.generate` produced; the three lists have one length."""
+
+    tokens: list[int]
+    """Sampled token ids, the stop token included."""
+    log_probs: list[float]
+    """Log-probability of each sampled token under the distribution it was sampled from, in nats."""
+    versions: list[int]
+    """Policy version that produced each token."""
+    finish: Literal["stop", "length"]
+    """``stop``: a stop token was sampled; ``length``: ``max_tokens`` was reached."""
+
+
+class Sampler(Protocol):
+    """One engine. Calls to ``generate`` from many tasks at once are batched by the engine."""
+
+    @property
+    def version(self) -> int:
+        """Version of the policy now served."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens a sequence may have."""
+        ...
+
+    async def generate(
+        self,
+        tokens: Sequence[int],
+        *,
+        max_tokens: int,
+        stop: frozenset[int],
+        seed: int,
+        greedy: bool = False,
+        session: int | None = None,
+    ) -> Completion:
+        """Continue ``tokens`` by at most ``max_tokens`` sampled tokens.
+
+        ``seed`` fixes the random numbers of the sequence, wherever in a batch it lands: token t is drawn
+        with a number that depends on (seed, position) alone. ``session`` names a conversation, so that
+        the engine may keep its cache between turns; ``release`` it at the end.
+        """
+        ...
+
+    def release(self, session: int) -> None:
+        """Forget a session; unknown sessions are ignored."""
+        ...
+
+    async def update(self, version: int, weights: Mapping[str, np.ndarray]) -> str:
+        """Serve ``weights`` as ``version`` from now on; the answer is the checksum of what is served."""
+        ...
