@@ -7,15 +7,21 @@ tokenized again, and it does not know which engine samples.
 A complete environment of one turn::
 
     class Echo:
-        alphabet = "abc>"
-        def __init__(self, codec, config): self.codec = codec
-        def problem(self, index, split): return Problem(index, "abc>", "abc")
+        def __init__(self, codec, config):
+            self.codec = codec
+
+        def problem(self, index, split):
+            return Problem(index, "abc>", "abc")
+
         async def play(self, problem, episode):
-            episode.observe(self.codec.encode(problem.prompt))
+            episode.observe(self.codec.encode_prompt(problem.prompt))
             answer = await episode.act(max_tokens=4)
             return float(self.codec.decode(answer) == problem.answer)
 
-Name it in a recipe as ``environment.kind = "my_package.my_module:Echo"``.
+Name it in a recipe as ``environment.kind = "my_package.my_module:Echo"``. What it may offer beyond that is
+one small protocol each: an alphabet (``SmallModelEnvironment``), demonstrations
+(``DemonstratingEnvironment``), a check against the model's context (``ContextChecked``), the number of its
+problems (``FiniteEnvironment``).
 """
 
 from __future__ import annotations
@@ -73,6 +79,12 @@ class Demonstration:
     action_mask: list[bool]
     """True on the tokens the model should learn to produce."""
 
+    @staticmethod
+    def of_answer(codec: Codec, prompt: str, answer: str) -> Demonstration:
+        """Prompt, answer and the end token; the last two are to be learned."""
+        shown, learned = codec.encode(prompt), [*codec.encode(answer), codec.end_id]
+        return Demonstration(shown + learned, [False] * len(shown) + [True] * len(learned))
+
 
 @runtime_checkable
 class Environment(Protocol):
@@ -109,6 +121,24 @@ class DemonstratingEnvironment(Protocol):
 
     def demonstrations(self, seed: int) -> Iterator[Demonstration]:
         """An endless stream, the same for the same seed; never of a held-out problem."""
+        ...
+
+
+@runtime_checkable
+class ContextChecked(Protocol):
+    """An environment that can tell before the run whether its episodes fit in the model's context."""
+
+    def check_context(self, context_length: int) -> None:
+        """Raise ConfigError (DataError, naming the line, for a file) if some episode would not fit."""
+        ...
+
+
+@runtime_checkable
+class FiniteEnvironment(Protocol):
+    """An environment with so few problems that an evaluation could meet one twice."""
+
+    def problem_count(self, split: Split) -> int:
+        """Problems of the split before its stream starts over."""
         ...
 
 

@@ -1,0 +1,50 @@
+"""Where things run: ``local`` (child processes of this machine) and ``inline`` (this process).
+
+Importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vcpo.config import Config
+from vcpo.monitor.progress import Progress, SilentProgress
+
+
+def train(config: Config, *, resume: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Run a recipe from prompts to the trained model; the summary that is also in ``summary.json``.
+
+    ``resume`` is the folder of a run to go on with. If the run was interrupted, ``completed`` is false.
+    """
+    from vcpo.pipeline.run_folder import RunFolder
+
+    run = RunFolder.create(config) if resume is None else RunFolder.reopen(resume, config)
+    progress = progress or SilentProgress()
+    if config.pipeline.mode == "exact":
+        from vcpo.runtime.inline import train_inline as train_here
+    else:
+        from vcpo.runtime.local import train_local as train_here
+    try:
+        summary = train_here(config, run, progress, resume=resume is not None)
+    finally:
+        progress.close()
+    if summary["completed"]:
+        from vcpo.monitor.report import write_report
+
+        write_report(run.path)
+    return summary
+
+
+def evaluate(
+    path: Path, overrides: Sequence[str] = (), *, problems: int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Accuracy of a run or a model on held-out problems: see :mod:`vcpo.runtime.evaluation`."""
+    from vcpo.runtime.evaluation import evaluate_path
+
+    progress = progress or SilentProgress()
+    try:
+        return evaluate_path(path, overrides, problems, progress)
+    finally:
+        progress.close()

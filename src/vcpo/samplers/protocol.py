@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,6 @@ class Sampler(Protocol):
         """Forget a session; unknown sessions are ignored."""
         ...
 
-    async def update(self, version: int, weights: Mapping[str, np.ndarray]) -> str:
+    async def update(self, version: int, weights: Mapping[str, Tensor]) -> str:
         """Serve ``weights`` as ``version`` from now on; the answer is the checksum of what is served."""
         ...

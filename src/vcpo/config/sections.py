@@ -1,34 +1,40 @@
-"""Typed configuration: TOML into small range-checked classes, every field overridable by
-``--section.field value``.
+"""The sections of a config: small frozen classes, every field with its range.
 
-Importable without torch. The sentence under a field is its only documentation: ``vcpo config`` prints it.
+The sentence under a field is its only documentation: ``vcpo config`` prints it.
 """
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, model_validator
-
-from vcpo.errors import ConfigError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 
 class Section(BaseModel):
     """Common behaviour of all sections: frozen, no unknown keys, finite numbers."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
     )
 
 
 class RunConfig(Section):
     name: str = ""
-    """Name of the run's folder; empty: recipe, algorithm and time."""
+    """Name of the run's folder; empty: environment, algorithm and time."""
     folder: Path = Path("runs")
     """Where run folders are made."""
     seed: NonNegativeInt = 0
@@ -62,7 +68,7 @@ class ModelConfig(Section):
 
 class WarmStartConfig(Section):
     steps: NonNegativeInt = 350
-    """Supervised steps on the environment's demonstrations before RL; 0: none. Never applied to a loaded model."""
+    """Supervised steps on demonstrations before RL; 0: none. Never applied to a loaded model."""
     batch_size: PositiveInt = 128
     """Demonstrations a step."""
     learning_rate: PositiveFloat = 2e-3
@@ -79,8 +85,8 @@ class EnvironmentConfig(Section):
     max_tokens: PositiveInt = 32
     """The most tokens the model may sample in one turn."""
     timeout_seconds: PositiveFloat = 60.0
-    """Time an episode may take, sampling included; past it the episode fails, is retried once, then gets reward 0."""
-    size: int = Field(4, ge=2, le=26)
+    """Time an episode may take, sampling included; past it the episode fails: retried once, then reward 0."""
+    size: int = Field(default=4, ge=2, le=26)
     """sort: digits to sort; maze: side of the grid (at most 5); countdown: numbers given (at most 6)."""
     walls: NonNegativeInt = 3
     """maze: walls in the grid."""
@@ -93,7 +99,7 @@ class EnvironmentConfig(Section):
 class AlgorithmConfig(Section):
     name: str = "vcpo"
     """vcpo, grpo, reinforce or tis; ``vcpo methods`` describes them."""
-    on_policy_ratio: float = Field(1.0, gt=0, le=1)
+    on_policy_ratio: float = Field(default=1.0, gt=0, le=1)
     """ESS ratio of on-policy data (below 1 where sampler and learner numerics differ)."""
     truncation: PositiveFloat | None = None
     """Upper bound of the importance weights; unset: the algorithm's own."""
@@ -125,9 +131,9 @@ class LearnerConfig(Section):
     """AdamW learning rate before scaling."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; not scaled by ESS."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW first-moment decay."""
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     """AdamW second-moment decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradient-norm clip."""
@@ -141,14 +147,14 @@ class LearnerConfig(Section):
 
 class PipelineConfig(Section):
     mode: Literal["async", "exact"] = "async"
-    """async: sampler and learner processes that overlap; exact: one process, rollouts exactly ``lag`` versions old."""
+    """async: sampler and learner processes overlap; exact: one process, every rollout ``lag`` versions old."""
     lag: NonNegativeInt = 2
     """Target policy lag S in optimizer steps; 0 is the synchronous loop."""
     window: PositiveInt = 16
-    """Windowed FIFO: at most window-1 younger groups may pass the oldest one; the lag never exceeds lag + ceil((window-1)/prompts)."""
+    """Younger groups that may pass the oldest one, plus 1: no lag exceeds lag + ceil((window-1)/prompts)."""
     prompts: PositiveInt = 16
     """Groups (prompts) in one optimizer step."""
-    group_size: int = Field(8, ge=2)
+    group_size: int = Field(default=8, ge=2)
     """Rollouts of one prompt."""
     steps: PositiveInt = 600
     """Optimizer steps."""

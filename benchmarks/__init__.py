@@ -1,0 +1,1 @@
+"""What vcpo costs and gains: ``python -m benchmarks.NAME [--quick] [--json FILE]``."""

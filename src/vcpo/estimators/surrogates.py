@@ -1,0 +1,100 @@
+"""Surrogates: the coefficient of every token in a policy gradient.
+
+Every update here is Σ_{i,t} n_i c_{i,t} ∇log π(y_{i,t}), with a *detached* coefficient c and a normaliser n_i
+(:mod:`vcpo.estimators.aggregation`). So the loss of any surrogate is −Σ n_i sg(c_{i,t}) log π(y_{i,t}): its
+value is not the paper's objective, its gradient is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from vcpo.errors import ConfigError, VcpoError
+from vcpo.estimators.checks import require_finite, require_same_shape, upcast
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+
+def policy_gradient_coefficients(
+    log_weights: Float[Tensor, " B"] | Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B T"]:
+    """REINFORCE with stop-gradient weights: c_{i,t} = exp(log w) · A_i where ``mask``, else 0.
+
+    ``log_weights`` are of a sequence [B] or of a token [B, T], truncated by the caller if at all. This is the
+    gradient of the loss of VCPO (arXiv 2602.17616) and of TIS. A zero advantage gives exactly 0, whatever
+    the weight. Not normalised. No gradient: inputs are detached.
+
+    Raises:
+        NonFiniteError: a log-weight or advantage is not finite, or an untruncated weight overflows.
+        VcpoError: the shapes do not fit.
+    """
+    return _product(_per_token(log_weights, mask), advantages, mask)
+
+
+def ppo_clip_coefficients(
+    log_ratios: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    low: float = 0.2,
+    high: float = 0.2,
+) -> Float[Tensor, "B T"]:
+    """PPO's clipped objective as a coefficient, exactly.
+
+    The gradient of min(r A, clip(r, 1 − low, 1 + high) A) with respect to log π: r · A where the unclipped
+    term is the least, 0 where the clipped one is (:func:`ppo_clip_active`). PPO, arXiv 1707.06347, eq. 7;
+    unequal bounds as in DAPO, arXiv 2503.14476. Not normalised. No gradient: inputs are detached.
+
+    Raises:
+        NonFiniteError: a log-ratio inside the mask or an advantage is not finite, or a ratio overflows.
+        ConfigError: not 0 ≤ low < 1 with high ≥ 0.
+        VcpoError: the shapes do not fit.
+    """
+    active = ppo_clip_active(log_ratios, advantages, mask, low, high)
+    return _product(_per_token(log_ratios, mask), advantages, mask & ~active)
+
+
+def ppo_clip_active(
+    log_ratios: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    low: float = 0.2,
+    high: float = 0.2,
+) -> Bool[Tensor, "B T"]:
+    """True where PPO's clip stops the gradient: r > 1 + high with A > 0, or r < 1 − low with A < 0.
+
+    Errors as in :func:`ppo_clip_coefficients`.
+    """
+    if not (0 <= low < 1 and high >= 0):
+        raise ConfigError(f"PPO clips to [1 - low, 1 + high], 0 <= low < 1, high >= 0; got {low} and {high}")
+    ratios = _per_token(log_ratios, mask)
+    gain = advantages.detach()[:, None]
+    too_high = (gain > 0) & (ratios > math.log1p(high))
+    too_low = (gain < 0) & (ratios < math.log1p(-low))
+    return mask.bool() & (too_high | too_low)
+
+
+def _per_token(log_weights: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] detached log-weights, finite, 0 outside the mask."""
+    values = upcast(log_weights.detach())
+    if values.dim() == 1:
+        require_finite(values, "log-weight")
+        return values[:, None].expand(mask.shape)
+    require_same_shape(log_weights=log_weights, mask=mask)
+    return require_finite(torch.where(mask.bool(), values, 0.0), "log-weight")
+
+
+def _product(log_weights: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """exp(log w) · A where the mask and the advantage are not zero; exactly 0 elsewhere."""
+    if advantages.shape != mask.shape[:1]:
+        raise VcpoError(f"{tuple(advantages.shape)} advantages for a mask of shape {tuple(mask.shape)}")
+    gain = require_finite(upcast(advantages.detach()), "advantage")[:, None]
+    # 0 · e^1000 would be NaN: a zero advantage never meets its weight.
+    product = torch.where(mask.bool() & (gain != 0), log_weights.exp() * gain, 0.0)
+    return require_finite(product, "importance weight times advantage", "truncate the importance weights")

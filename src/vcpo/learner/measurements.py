@@ -1,0 +1,92 @@
+"""The figures that explain a step: importance weights, score norms, lag (``monitor.glossary`` has the meanings)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vcpo.algorithms.composition import Evidence, Update
+from vcpo.estimators.ess import effective_sample_size, ess_ratio
+from vcpo.trajectory import Group
+
+
+@dataclass(frozen=True)
+class StepEvidence:
+    """What all units of one minibatch measured, flattened."""
+
+    log_weights: Tensor
+    """[B] unclipped sequence log importance weights."""
+    token_log_ratios: Tensor
+    """[N] log π − log μ of every sampled token."""
+    advantages: Tensor
+    """[B]."""
+    baselines: Tensor
+    """[B]."""
+    truncated: Tensor
+    """Bool, one entry for each weight that truncation or clipping changed or could have changed."""
+    squared_norms: Tensor | None
+    """[B]."""
+
+    @staticmethod
+    def of(parts: Sequence[tuple[Update, Evidence]]) -> StepEvidence:
+        norms = [e.squared_score_norms for _, e in parts if e.squared_score_norms is not None]
+        return StepEvidence(
+            log_weights=torch.cat([u.log_weights for u, _ in parts]),
+            token_log_ratios=torch.cat([u.log_ratios[e.mask] for u, e in parts]),
+            advantages=torch.cat([u.advantages for u, _ in parts]),
+            baselines=torch.cat([u.baselines for u, _ in parts]),
+            truncated=torch.cat([u.truncated[e.mask] if u.truncated.dim() == 2 else u.truncated for u, e in parts]),
+            squared_norms=torch.cat(norms) if norms else None,
+        )
+
+    @property
+    def ess_ratio(self) -> Tensor:
+        return ess_ratio(self.log_weights)
+
+    def metrics(self) -> dict[str, float]:
+        lw, ratios = self.log_weights.double(), self.token_log_ratios.double()
+        figures = {
+            "ess": effective_sample_size(lw),
+            "ess_ratio": ess_ratio(lw),
+            "log_weight_mean": lw.mean(),
+            "log_weight_max": lw.max(),
+            "top_weight_share": (lw.max() - lw.logsumexp(0)).exp(),
+            "kl": (ratios.exp() - 1 - ratios).mean() if len(ratios) else torch.zeros(()),
+            "ratio_variance": ratios.square().mean() if len(ratios) else torch.zeros(()),
+            "truncated_fraction": self.truncated.float().mean() if len(self.truncated) else torch.zeros(()),
+            "baseline_mean": self.baselines.mean(),
+            "advantage_std": self.advantages.std(),
+        }
+        if self.squared_norms is not None:
+            norms = self.squared_norms.sqrt()
+            figures |= {"score_norm_mean": norms.mean(), "score_norm_max": norms.max()}
+        return {name: float(value) for name, value in figures.items()}
+
+
+def group_metrics(groups: Sequence[Group], version: int) -> dict[str, Any]:
+    """Figures of the rollouts themselves; lag is ``version`` − the oldest version in a group."""
+    trajectories = [t for g in groups for t in g.trajectories]
+    rewards = np.array([t.reward for t in trajectories])
+    actions = np.array([t.action_count for t in trajectories])
+    lags = [version - g.oldest_version for g in groups]
+    sampled = np.concatenate([t.versions[t.action_mask] for t in trajectories])
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "equal_groups": float(np.mean([len(set(g.rewards)) == 1 for g in groups])),
+        "tokens": int(sum(len(t.tokens) for t in trajectories)),
+        "action_tokens": int(actions.sum()),
+        "response_length": float(actions.mean()),
+        "lag_mean": float(np.mean(lags)),
+        "lag_max": max(lags),
+        "token_lag_mean": float((version - sampled).mean()) if len(sampled) else 0.0,
+        "lag_histogram": dict(sorted(Counter(lags).items())),
+        "failed_episodes": sum(t.outcome == "failed" for t in trajectories),
+        "truncated_episodes": sum(t.outcome == "truncated" for t in trajectories),
+    }

@@ -1,0 +1,133 @@
+"""From a config to its parts: environment, policy (warm-started and cached if it is a small one), learner,
+rollout loop. Every process of a run builds what it needs with these functions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vcpo import __version__
+from vcpo.algorithms.catalog import get_algorithm
+from vcpo.algorithms.composition import Algorithm
+from vcpo.config import Config
+from vcpo.environments.protocol import (
+    Codec,
+    ContextChecked,
+    DemonstratingEnvironment,
+    Environment,
+    SmallModelEnvironment,
+)
+from vcpo.environments.registry import environment_class
+from vcpo.errors import ConfigError
+from vcpo.learner.learner import Learner
+from vcpo.learner.supervised import warm_start
+from vcpo.pipeline.rollout import RolloutLoop
+from vcpo.policy.loading import Policy, load_policy, small_policy
+from vcpo.samplers.local import LocalSampler
+from vcpo.trajectory import NOT_SAMPLED, Trajectory
+
+WarmStartListener = Callable[[int, float], None]
+"""Hears the number of warm-start steps done and the last loss."""
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    return get_algorithm(config.algorithm.name).with_overrides(config.algorithm)
+
+
+def build_environment(config: Config, codec: Codec, context_length: int) -> Environment:
+    environment = environment_class(config.environment.kind)(codec, config.environment)
+    if isinstance(environment, ContextChecked):
+        environment.check_context(context_length)
+    return environment
+
+
+def build_policy(config: Config, listener: WarmStartListener = lambda step, loss: None) -> Policy:
+    """The policy a run begins with: a loaded model, or a small one taught the task's format."""
+    if config.model.name:
+        return load_policy(config.model.name, config.model)
+    kind = environment_class(config.environment.kind)
+    if not isinstance(kind, SmallModelEnvironment):
+        raise ConfigError(
+            f"environment {config.environment.kind!r} has no alphabet() to build a small model for: set model.name"
+        )
+    policy = small_policy(config.model, kind.alphabet(config.environment), config.run.seed)
+    environment = build_environment(config, policy.codec, policy.context_length)
+    if not config.warm_start.steps or not isinstance(environment, DemonstratingEnvironment):
+        return policy
+    cached = _cache_folder(config, environment)
+    if config.warm_start.cache and (cached / "config.json").exists():
+        return load_policy(str(cached), config.model)
+    done = 0
+
+    def on_step(loss: float) -> None:
+        nonlocal done
+        done += 1
+        listener(done, loss)
+
+    warm_start(policy, _demonstrated(environment, config.run.seed), config.warm_start, on_step)
+    if config.warm_start.cache:
+        _store(policy, cached)
+    return policy
+
+
+def build_learner(config: Config, policy: Policy) -> Learner:
+    return Learner(policy, algorithm_of(config), config.learner, config.algorithm.on_policy_ratio)
+
+
+def build_rollout_loop(config: Config, policy: Policy) -> tuple[RolloutLoop, LocalSampler]:
+    sampler = LocalSampler(policy.model, policy.context_length, config.sampler)
+    loop = RolloutLoop(
+        build_environment(config, policy.codec, policy.context_length),
+        sampler,
+        group_size=config.pipeline.group_size,
+        seed=config.run.seed,
+        end_id=policy.codec.end_id,
+        timeout_seconds=config.environment.timeout_seconds,
+    )
+    return loop, sampler
+
+
+def _demonstrated(environment: DemonstratingEnvironment, seed: int) -> Iterator[Trajectory]:
+    for demonstration in environment.demonstrations(seed):
+        length = len(demonstration.tokens)
+        yield Trajectory(
+            tokens=np.array(demonstration.tokens, np.int32),
+            action_mask=np.array(demonstration.action_mask, bool),
+            log_probs=np.zeros(length, np.float32),
+            versions=np.full(length, NOT_SAMPLED, np.int32),
+            reward=0.0,
+        )
+
+
+def _cache_folder(config: Config, environment: DemonstratingEnvironment) -> Path:
+    """Where the warm-started model of these settings lives; the demonstrations themselves are in the key."""
+    sample = [d.tokens for d in islice(environment.demonstrations(config.run.seed), 64)]
+    relevant: dict[str, Any] = {
+        "version": __version__,
+        "seed": config.run.seed,
+        "demonstrations": sample,
+        **{part: getattr(config, part).model_dump(mode="json") for part in ("model", "warm_start", "environment")},
+    }
+    key = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+    root = os.environ.get("VCPO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcpo"
+    return Path(root) / "warm-start" / key
+
+
+def _store(policy: Policy, folder: Path) -> None:
+    """Save so that another process sees the whole folder or none of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    policy.save(partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # another run was faster; its model is the same
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,305 @@
+"""The controller: admits prompts, feeds the learner, publishes its weights, writes down what happened.
+
+It is the only place that knows both wings, and it holds no tensor: groups pass through as bytes, weights
+as a reference that the runtime understands. Where learner and samplers live (child processes, one
+process, a cluster) is the runtime's business, behind the two ports.
+
+::
+
+            admit                 groups                    step
+    Window ───────► SamplerPort ─────────► collect ─► Journal ─► run ─────────► LearnerPort
+       ▲                 ▲                    │ finish            ▲ │                │
+       │                 │                    ▼                   │ │                │
+       │                 │                  Window ── take ───────┘ │ complete       │
+       └─────────────────┼──────────────────────────────────────────┘                │
+                         └────────────────────── publish ◄───────────────────────────┘
+
+Two loops in one event loop:
+
+========== ============================ ==================================== =====================
+loop       waits for                    woken by                             gives up after
+========== ============================ ==================================== =====================
+collect    a finished group             any sampler                          never: ends with run
+run        P groups it may take         collect                              runtime.timeout_seconds
+run        the learner's step           the learner                          runtime.timeout_seconds
+run        the publication before last  every sampler's checksum             runtime.timeout_seconds
+run        an evaluation                every sampler                        runtime.timeout_seconds
+========== ============================ ==================================== =====================
+
+Every wait also ends when a worker dies (the runtime cancels ``run`` and raises the worker's error) or when
+``stop`` is called. Order on the channel to a sampler is the order of calls here: weights are sent before
+the groups admitted after them, which is what the bound in :mod:`vcpo.pipeline.window` rests on. A sampler's
+checksum is compared with the learner's while the next step runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vcpo.config import Config
+from vcpo.errors import CheckpointError, PublicationError, WorkerError
+from vcpo.monitor.progress import Progress
+from vcpo.monitor.sinks import MetricsWriter
+from vcpo.pipeline.evaluation import accuracy
+from vcpo.pipeline.journal import Journal
+from vcpo.pipeline.rollout import GroupOrder
+from vcpo.pipeline.window import Window
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Weights on their way to the samplers."""
+
+    version: int
+    checksum: str
+    """Of the learner's tensors; a sampler that serves them answers the same."""
+    source: Any
+    """Where the weights are, in the runtime's terms."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a learner says when it is ready."""
+
+    version: int
+    policy: str
+    """Folder or hub id from which samplers load the model; weights are published on top."""
+    position: dict[str, Any]
+    """The pipeline's place at the checkpoint that was resumed; empty for a new run."""
+    parameters: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    metrics: dict[str, Any]
+    publication: Publication
+
+
+class LearnerPort(Protocol):
+    """The learner, wherever it lives."""
+
+    async def step(self, records: Sequence[bytes]) -> StepResult: ...
+
+    async def checkpoint(self, position: dict[str, Any]) -> None: ...
+
+    async def export(self, folder: Path) -> None:
+        """Write the model in Hugging Face format."""
+        ...
+
+
+class SamplerPort(Protocol):
+    """One sampler with its environments, wherever it lives."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time its engine has spent computing."""
+        ...
+
+    def publish(self, publication: Publication) -> Awaitable[str]:
+        """Send weights now; the answer is the checksum of what the sampler serves."""
+        ...
+
+    async def order(self, orders: Sequence[GroupOrder]) -> None:
+        """Ask for groups; each arrives in the queue the port was made with."""
+        ...
+
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]: ...
+
+
+Arrivals = asyncio.Queue[tuple[str, int, bytes]]
+"""(name of the sampler, number of the group, its record)."""
+
+
+@dataclass
+class Controller:
+    """Runs the pipeline until ``config.pipeline.steps`` steps are taken."""
+
+    config: Config
+    learner: LearnerPort
+    samplers: Sequence[SamplerPort]
+    arrivals: Arrivals
+    journal: Journal
+    writer: MetricsWriter
+    progress: Progress
+    window: Window
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        self._outstanding: dict[str, set[int]] = {s.name: set() for s in self.samplers}
+        self._arrived = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._published: asyncio.Future[Any] | None = None
+        self._begun = time.perf_counter()
+        self._last_accuracy: dict[str, float] = {}
+        self.seconds_evaluating = 0.0
+
+    def stop(self) -> None:
+        """Finish the step in progress, write a checkpoint, end."""
+        self._stopped.set()
+        self._arrived.set()
+
+    async def collect(self) -> None:
+        """Journal groups as they arrive. Never ends by itself."""
+        while True:
+            self._keep([await self.arrivals.get()])
+
+    def _keep(self, batch: list[tuple[str, int, bytes]]) -> None:
+        """Journal ``batch`` and whatever else has arrived."""
+        while not self.arrivals.empty():
+            batch.append(self.arrivals.get_nowait())
+        self.journal.append((number, record) for _, number, record in batch)
+        for name, number, _ in batch:
+            self._outstanding[name].discard(number)
+            self.window.finish(number)
+        self._arrived.set()
+
+    async def publish_initial(self, publication: Publication) -> None:
+        """Bring every sampler to the learner's weights before anything is played."""
+        await self._publish(publication)
+        await self._publication_served()
+
+    async def run(self) -> bool:
+        """Train; true if all steps were taken, false if stopped before."""
+        pipeline = self.config.pipeline
+        await self._admit()
+        while self.version < pipeline.steps:
+            taken, waited = await self._minibatch()
+            if taken is None:
+                break
+            row = await self._step(taken) | {"seconds_waiting": waited}
+            await self._evaluate_if_due(row)
+            await self._admit()
+            self._record(row)
+            if self._due(self.config.learner.checkpoint_every):
+                await self.checkpoint()
+        await self._publication_served()
+        await self.checkpoint()
+        return self.version >= pipeline.steps
+
+    async def checkpoint(self) -> None:
+        """Write a checkpoint of the last complete step; groups used before it are forgotten."""
+        self._keep([])
+        await self.learner.checkpoint(self.window.position())
+        self.journal.forget_before(self.version)
+
+    async def evaluate(self, problems: int, *, greedy: bool) -> list[float]:
+        """Rewards on the first held-out problems, shared out among the samplers."""
+        begun = time.perf_counter()
+        share = -(-problems // len(self.samplers))
+        parts = await asyncio.gather(
+            *(
+                sampler.evaluate(i * share, min(share, problems - i * share), greedy=greedy)
+                for i, sampler in enumerate(self.samplers)
+                if i * share < problems
+            )
+        )
+        self.seconds_evaluating += time.perf_counter() - begun
+        return [reward for part in parts for reward in part]
+
+    # One turn of the run loop
+
+    async def _minibatch(self) -> tuple[list[int] | None, float]:
+        """Wait until a step's groups can be taken; None if stopped."""
+        begun = time.perf_counter()
+        while not self._stopped.is_set():
+            self._arrived.clear()
+            if (taken := self.window.take()) is not None:
+                return taken, time.perf_counter() - begun
+            try:
+                await asyncio.wait_for(self._arrived.wait(), self.config.runtime.timeout_seconds)
+            except TimeoutError:
+                raise WorkerError(self._silence()) from None
+        return None, time.perf_counter() - begun
+
+    async def _step(self, taken: list[int]) -> dict[str, Any]:
+        records = [self._record_of(number) for number in taken]
+        busy = sum(s.busy_seconds for s in self.samplers)
+        begun = time.perf_counter()
+        self.journal.mark(taken, self.version)
+        result = await self.learner.step(records)
+        published = time.perf_counter()
+        await self._publish(result.publication)
+        self.window.complete()
+        self.version += 1
+        now = time.perf_counter()
+        return result.metrics | {
+            "step": self.version,
+            "version": self.version,
+            "seconds_training": published - begun,
+            "seconds_publishing": now - published,
+            "seconds_sampling": sum(s.busy_seconds for s in self.samplers) - busy,
+        }
+
+    def _record_of(self, number: int) -> bytes:
+        record = self.journal.read(number)
+        if record is None:
+            raise CheckpointError(f"group {number} is missing from the journal: was the run folder changed by hand?")
+        return record
+
+    async def _publish(self, publication: Publication) -> None:
+        """Send weights to every sampler, once all of them serve the weights sent before."""
+        await self._publication_served()
+        served = [(sampler.name, sampler.publish(publication)) for sampler in self.samplers]
+        self._published = asyncio.ensure_future(self._verify(publication, served))
+
+    async def _publication_served(self) -> None:
+        if self._published is not None:
+            await self._published
+            self._published = None
+
+    async def _verify(self, publication: Publication, served: Sequence[tuple[str, Awaitable[str]]]) -> None:
+        answers = await asyncio.gather(*(answer for _, answer in served))
+        for (name, _), answer in zip(served, answers, strict=True):
+            if answer != publication.checksum:
+                raise PublicationError(
+                    f"{name} serves other weights than version {publication.version}: its checksum is {answer}, "
+                    f"the learner's {publication.checksum}"
+                )
+
+    async def _evaluate_if_due(self, row: dict[str, Any]) -> None:
+        """Evaluate the version just made if it is due, before anything new is admitted under it."""
+        if self._due(self.config.evaluation.every) and self.version < self.config.pipeline.steps:
+            await self._publication_served()
+            rewards = await self.evaluate(self.config.evaluation.problems, greedy=False)
+            greedy = await self.evaluate(self.config.evaluation.problems, greedy=True)
+            self._last_accuracy = {"accuracy": accuracy(rewards), "greedy_accuracy": accuracy(greedy)}
+            row |= self._last_accuracy
+
+    async def _admit(self) -> None:
+        """Hand out the groups that the window has room for; those the journal holds need no rollout."""
+        remaining = self.config.pipeline.steps - self.version
+        orders: dict[str, list[GroupOrder]] = {s.name: [] for s in self.samplers}
+        for number in self.window.admit(remaining * self.config.pipeline.prompts):
+            if self.journal.read(number) is not None:
+                self.window.finish(number)
+                continue
+            name = min(self._outstanding, key=lambda n: len(self._outstanding[n]))
+            self._outstanding[name].add(number)
+            orders[name].append(GroupOrder(number, self.version))
+        await asyncio.gather(*(s.order(orders[s.name]) for s in self.samplers if orders[s.name]))
+
+    def _record(self, row: dict[str, Any]) -> None:
+        elapsed = time.perf_counter() - self._begun
+        spent = row["seconds_training"] + row["seconds_waiting"] + row["seconds_publishing"]
+        row |= {"elapsed": elapsed, "tokens_per_second": row["tokens"] / max(spent, 1e-9)}
+        self.writer.write(row)
+        self.progress.advance(row | self._last_accuracy)
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.version % every == 0
+
+    def _silence(self) -> str:
+        busy = ", ".join(f"{name} ({len(numbers)} groups)" for name, numbers in self._outstanding.items() if numbers)
+        return (
+            f"no group finished within {self.config.runtime.timeout_seconds:g} s (runtime.timeout_seconds); "
+            f"waiting for {busy or 'nobody: the window is empty'}"
+        )
+

@@ -1,0 +1,58 @@
+"""The journal: finished groups in an embedded SQLite file, so that a rollout is paid for once.
+
+A group is written when it finishes and marked with the step that trains on it. After a crash the learner
+goes back to its last checkpoint; groups that no step before the checkpoint has used are read back and
+trained on instead of being generated again. Groups used before the newest checkpoint are removed, since
+no resume can ask for them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vcpo.errors import CheckpointError
+
+
+class Journal:
+    """Opened by one process at a time (the controller)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._database = sqlite3.connect(path, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS groups (number INTEGER PRIMARY KEY, step INTEGER, record BLOB NOT NULL)"
+            )
+        except sqlite3.Error as error:
+            raise CheckpointError(f"cannot open the journal {path}: {error}") from error
+
+    def append(self, records: Iterable[tuple[int, bytes]]) -> None:
+        """Keep finished groups; one that is there already stays as it is."""
+        with self._database:
+            self._database.execute("BEGIN")
+            self._database.executemany("INSERT OR IGNORE INTO groups (number, record) VALUES (?, ?)", records)
+
+    def mark(self, numbers: Sequence[int], step: int) -> None:
+        """Groups ``numbers`` are trained on in ``step`` (the step that makes version ``step`` + 1)."""
+        with self._database:
+            self._database.execute("BEGIN")
+            self._database.executemany("UPDATE groups SET step = ? WHERE number = ?", [(step, n) for n in numbers])
+
+    def forget_before(self, step: int) -> None:
+        """A checkpoint of version ``step`` is safe: groups used before it are not needed any more."""
+        self._database.execute("DELETE FROM groups WHERE step < ?", (step,))
+
+    def rewind(self, step: int) -> None:
+        """The learner is back at version ``step``: later marks did not happen."""
+        self._database.execute("UPDATE groups SET step = NULL WHERE step >= ?", (step,))
+
+    def read(self, number: int) -> bytes | None:
+        row = self._database.execute("SELECT record FROM groups WHERE number = ?", (number,)).fetchone()
+        return None if row is None else row[0]
+
+    def close(self) -> None:
+        self._database.close()

@@ -1,0 +1,197 @@
+"""Rollout loops: play the episodes of a group, many at once, whatever the environment does.
+
+An environment that raises or takes too long costs its own episode: it is logged, retried once with other
+random numbers, and then recorded as failed: reward 0, no tokens to train on. Code that blocks (a loop without ``await``, a blocking read) would stop every episode of the process;
+it is interrupted by an alarm signal after the same time. Errors of the sampler are nobody's episode: they
+end the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Coroutine, Generator, Iterable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from vcpo.environments.protocol import Environment, Episode, Problem, Split
+from vcpo.errors import EnvironmentFailure, VcpoError
+from vcpo.samplers.protocol import Sampler
+from vcpo.samplers.random import derive_seed
+from vcpo.trajectory import Group, Trajectory
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 2
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class GroupOrder:
+    """A group to be played."""
+
+    index: int
+    """Its number in the order of admission; also the training problem it plays."""
+    version: int
+    """The learner's version at admission."""
+
+
+class RolloutLoop:
+    """Plays groups of one environment with one sampler."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        sampler: Sampler,
+        *,
+        group_size: int,
+        seed: int,
+        end_id: int,
+        timeout_seconds: float,
+    ) -> None:
+        self._environment, self._sampler = environment, sampler
+        self._group_size, self._seed, self._end_id = group_size, seed, end_id
+        self._timeout = timeout_seconds
+        self._sessions = 0
+
+    async def play_group(self, order: GroupOrder) -> Group:
+        """Play all episodes of one prompt."""
+        begun = time.perf_counter()
+        problem = self.training_problem(order.index)
+        trajectories = await gather_all(
+            self._play(problem, derive_seed(self._seed, order.index, member)) for member in range(self._group_size)
+        )
+        return Group(
+            index=order.index,
+            problem=problem.index,
+            trajectories=tuple(trajectories),
+            seconds=time.perf_counter() - begun,
+            admitted_version=order.version,
+        )
+
+    async def play_groups(self, orders: Iterable[GroupOrder]) -> list[Group]:
+        return await gather_all(self.play_group(order) for order in orders)
+
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[Trajectory]:
+        """Play ``count`` held-out problems once each; the same random numbers every time."""
+        return await gather_all(
+            self._play(self._problem(i, "held_out"), derive_seed(self._seed, -1, i), greedy=greedy)
+            for i in range(first, first + count)
+        )
+
+    def training_problem(self, index: int) -> Problem:
+        """The problem of group ``index``: runs with different seeds see different streams."""
+        return self._problem((self._seed << 32) + index, "train")
+
+    def _problem(self, index: int, split: Split) -> Problem:
+        try:
+            return self._environment.problem(index, split)
+        except VcpoError:
+            raise
+        except Exception as error:
+            raise EnvironmentFailure(
+                f"the environment could not make {split} problem {index}: {type(error).__name__}: {error}"
+            ) from error
+
+    async def _play(self, problem: Problem, seed: int, *, greedy: bool = False) -> Trajectory:
+        note = ""
+        for attempt in range(ATTEMPTS):
+            self._sessions += 1
+            session = self._sessions
+            episode = Episode(
+                self._sampler,
+                seed=derive_seed(seed, attempt) if attempt else seed,
+                session=session,
+                end_id=self._end_id,
+                greedy=greedy,
+            )
+            try:
+                async with asyncio.timeout(self._timeout):
+                    reward = await _Guarded(self._environment.play(problem, episode), self._timeout)
+                return episode.trajectory(reward)
+            except Exception as error:
+                if isinstance(error, VcpoError) and not isinstance(error, EnvironmentFailure):
+                    raise
+                took_too_long = isinstance(error, TimeoutError)
+                note = f"took longer than {self._timeout:g} s" if took_too_long else f"{type(error).__name__}: {error}"
+                log.warning("episode of problem %d failed (attempt %d of %d): %s", problem.index, attempt + 1, ATTEMPTS, note)
+            finally:
+                self._sampler.release(session)
+        return _failed(problem, note)
+
+
+def _failed(problem: Problem, note: str) -> Trajectory:
+    """The record of an episode that failed twice: nothing sampled, reward 0."""
+    empty = np.zeros(0)
+    return Trajectory(
+        tokens=empty.astype(np.int32),
+        action_mask=empty.astype(bool),
+        log_probs=empty.astype(np.float32),
+        versions=empty.astype(np.int32),
+        reward=0.0,
+        outcome="failed",
+        note=note,
+    )
+
+
+async def gather_all(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Run all at once; the first error cancels the rest and is raised as itself."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+class _Guarded:
+    """Awaits a coroutine, and interrupts any stretch of it that blocks the event loop for too long.
+
+    Works where signals can be received (the main thread); elsewhere only ``asyncio.timeout`` protects.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, float], seconds: float) -> None:
+        self._coroutine, self._seconds = coroutine, seconds
+
+    def __await__(self) -> Generator[Any, Any, float]:
+        # Python's own rules of delegation (PEP 380) between the event loop and the environment's coroutine.
+        value: Any = None
+        thrown: BaseException | None = None
+        while True:
+            try:
+                with _alarm(self._seconds):
+                    waiting = self._coroutine.send(value) if thrown is None else self._coroutine.throw(thrown)
+            except StopIteration as stop:
+                return stop.value
+            value, thrown = None, None
+            try:
+                value = yield waiting
+            except BaseException as error:
+                thrown = error
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGALRM) is not _on_alarm:
+        signal.signal(signal.SIGALRM, _on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _on_alarm(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError("the environment blocked the event loop")

@@ -1,0 +1,82 @@
+"""A run is a folder: config.toml, metrics, journal, checkpoints, logs, model, summary.json, report.html."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vcpo.config import Config, dump_toml
+from vcpo.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of one run is."""
+
+    path: Path
+
+    @staticmethod
+    def create(config: Config) -> RunFolder:
+        """Make the folder of a new run. A name that was asked for must be free; a made-up one gets a number."""
+        stem = config.run.name or (
+            f"{Path(config.environment.kind.replace(':', '-')).name}-{config.algorithm.name}-{time.strftime('%m%d-%H%M%S')}"
+        )
+        path = config.run.folder / stem
+        number = 1
+        while path.exists() and not config.run.name:
+            number += 1
+            path = config.run.folder / f"{stem}-{number}"
+        if (path / "config.toml").exists():
+            raise ConfigError(
+                f"{path} already holds a run: choose another run.name, or continue it with --resume {path}"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {path}: {error.strerror}; set run.folder") from error
+        return RunFolder(path)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """The folder of a run that exists."""
+        if not (path / "config.toml").exists():
+            raise CheckpointError(f"{path} is not a run folder: it has no config.toml")
+        return RunFolder(path)
+
+    @staticmethod
+    def reopen(path: Path, config: Config) -> RunFolder:
+        """The folder of a run that goes on with ``config``, which is written down beside the first one."""
+        run = RunFolder.open(path)
+        previous, current = (path / "config.toml").read_text(encoding="utf-8"), dump_toml(config)
+        if previous != current:
+            (path / "config.before-resume.toml").write_text(previous, encoding="utf-8")
+            (path / "config.toml").write_text(current, encoding="utf-8")
+        return run
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.sqlite"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write NAME.json whole or not at all."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.path / f"{name}.json")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None

@@ -1,0 +1,128 @@
+"""A whole training run over ports that are ready: evaluate, train, evaluate, export, sum up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vcpo.config import Config
+from vcpo.monitor.progress import Progress
+from vcpo.monitor.sinks import MetricsWriter, read_metrics
+from vcpo.monitor.statistics import run_totals, total
+from vcpo.pipeline.controller import Arrivals, Begun, Controller, LearnerPort, Publication, SamplerPort
+from vcpo.pipeline.evaluation import success_figures
+from vcpo.pipeline.journal import Journal
+from vcpo.pipeline.run_folder import RunFolder
+from vcpo.pipeline.window import Window, lag_bound
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a runtime has made ready."""
+
+    learner: LearnerPort
+    samplers: Sequence[SamplerPort]
+    arrivals: Arrivals
+    begun: Begun
+    initial: Publication
+    """The learner's weights as they are; a resumed run's differ from the samplers' initial ones."""
+    begun_at: float
+    """``time.perf_counter()`` when the command began."""
+
+
+def make_controller(config: Config, run: RunFolder, parts: Parts, writer: MetricsWriter, progress: Progress) -> Controller:
+    """A controller that goes on where the learner's checkpoint says."""
+    journal = Journal(run.journal)
+    journal.rewind(parts.begun.version)
+    return Controller(
+        config=config,
+        learner=parts.learner,
+        samplers=parts.samplers,
+        arrivals=parts.arrivals,
+        journal=journal,
+        writer=writer,
+        progress=progress,
+        window=Window(
+            config.pipeline.prompts,
+            config.pipeline.lag,
+            window_width(config),
+            **parts.begun.position,
+        ),
+        version=parts.begun.version,
+    )
+
+
+async def train_session(
+    config: Config,
+    run: RunFolder,
+    parts: Parts,
+    progress: Progress,
+    on_controller: Callable[[Controller], None] = lambda controller: None,
+) -> dict[str, Any]:
+    """Run to the end (or until the controller is stopped) and return the summary, also in summary.json."""
+    with MetricsWriter(run.path, resume_step=parts.begun.version or None) as writer:
+        controller = make_controller(config, run, parts, writer, progress)
+        on_controller(controller)
+        collecting = asyncio.ensure_future(controller.collect())
+        try:
+            await controller.publish_initial(parts.initial)
+            before = run.read_json("evaluation_before")
+            if before is None:
+                progress.phase("evaluation before", None)
+                before = await _evaluation(controller, "before")
+                run.write_json("evaluation_before", before)
+            steps_left = config.pipeline.steps - parts.begun.version
+            progress.phase("training", max(steps_left, 0))
+            completed = await controller.run()
+            if not completed:
+                return {"completed": False, "steps": controller.version, "run_folder": str(run.path)}
+            progress.phase("evaluation after", None)
+            after = await _evaluation(controller, "after")
+            await parts.learner.export(run.model)
+        finally:
+            collecting.cancel()
+            controller.journal.close()
+    summary = before | after | _figures(config, run, parts, controller)
+    run.write_json("summary", summary)
+    return summary
+
+
+async def _evaluation(controller: Controller, when: str) -> dict[str, Any]:
+    """Sampled and greedy accuracy on held-out problems with 95 % intervals."""
+    figures: dict[str, Any] = {"held_out_problems": controller.config.evaluation.final_problems}
+    for name, greedy in (("accuracy", False), ("greedy_accuracy", True)):
+        rewards = await controller.evaluate(controller.config.evaluation.final_problems, greedy=greedy)
+        figures |= success_figures(f"{name}_{when}", rewards)
+    return figures
+
+
+def _figures(config: Config, run: RunFolder, parts: Parts, controller: Controller) -> dict[str, Any]:
+    pipeline, rows = config.pipeline, read_metrics(run.path)
+    return {
+        "completed": True,
+        "algorithm": config.algorithm.name,
+        "environment": config.environment.kind,
+        "model": config.model.name or "small Llama",
+        "parameters": parts.begun.parameters,
+        "mode": pipeline.mode,
+        "seed": config.run.seed,
+        "lag": pipeline.lag,
+        "lag_bound": lag_bound(pipeline.lag, window_width(config), pipeline.prompts),
+        **run_totals(rows),
+        "episodes": len(rows) * pipeline.prompts * pipeline.group_size,
+        "failed_episodes": int(total(rows, "failed_episodes")),
+        "action_tokens": int(total(rows, "action_tokens")),
+        "seconds_evaluating": controller.seconds_evaluating,
+        "wall_seconds": time.perf_counter() - parts.begun_at,
+        "run_folder": str(run.path),
+        "report": str(run.path / "report.html"),
+        "model_folder": str(run.model),
+    }
+
+
+def window_width(config: Config) -> int:
+    """W; the exact mode is strictly first in, first out."""
+    return 1 if config.pipeline.mode == "exact" else config.pipeline.window

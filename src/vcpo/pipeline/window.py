@@ -1,0 +1,108 @@
+"""Windowed FIFO: which groups may be generated, and which may be trained on next.
+
+Groups are numbered 0, 1, 2, … in the order of admission. A group is *active* from its admission until the
+step that trains on it is complete. P groups make a step.
+
+- **Admission**: a group is admitted while fewer than (S+1)·P are active. This is the back-pressure: with
+  the window full, samplers rest until the learner has finished a step.
+- **Taking**: groups of a step are taken one at a time, each time the oldest finished one among the W
+  numbers that begin at the *anchor*, the oldest active group not yet taken. So at most W−1 younger groups
+  can pass a slow one; nothing is dropped; short answers gain nothing by being fast beyond that.
+
+**Bound.** The lag of a group g, the learner's version when g is taken minus the oldest version in g, is at
+most S + ⌈(W−1)/P⌉.
+
+Proof. Let v be the learner's version when g is admitted. Weights of version v were sent to the samplers
+before g was (one ordered channel), so no token of g is older than v. Let n steps complete between g's
+admission and the step that takes g; the lag is at most n. Each of those n steps trains P groups other than
+g, and each such group was either active at g's admission, or is younger than g.
+
+- Active at g's admission (those in training included, since a group stays active until its step is
+  complete): at most (S+1)·P − 1 besides g.
+- Younger: while g is not taken the anchor is at most g, so a younger group that is taken is numbered below
+  g + W: at most W − 1 of them.
+
+Hence n·P ≤ (S+1)·P − 1 + (W−1), so for W = 1: n ≤ S; for W ≥ 2: n ≤ S + 1 + ⌊(W−2)/P⌋ = S + ⌈(W−1)/P⌉. ∎
+
+With S = 0 and W = 1 nothing is admitted before the step is complete: the synchronous loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def lag_bound(lag: int, window: int, prompts: int) -> int:
+    """S + ⌈(W−1)/P⌉, the largest policy lag any group can have."""
+    return lag + -(-(window - 1) // prompts)
+
+
+class Window:
+    """The bookkeeping of admission and taking; knows numbers of groups, not groups."""
+
+    def __init__(self, prompts: int, lag: int, window: int, *, anchor: int = 0, trained: Iterable[int] = ()) -> None:
+        """``anchor`` and ``trained`` resume a run: every group below ``anchor`` and each of ``trained`` is done."""
+        self._prompts, self._lag, self._width = prompts, lag, window
+        self._anchor = self._next = anchor
+        self._passed = {index for index in trained if index >= anchor}
+        """Taken or trained groups above the anchor."""
+        self._finished: set[int] = set()
+        self._active: set[int] = set()
+        self._in_training: set[int] = set()
+
+    @property
+    def active(self) -> int:
+        """Groups admitted and not yet trained."""
+        return len(self._active)
+
+    @property
+    def ready(self) -> int:
+        """Groups that are finished and wait to be taken."""
+        return len(self._finished)
+
+    def admit(self, needed: int | None = None) -> list[int]:
+        """Numbers of the groups to generate now; they count as active from here on. ``needed``: how many
+        groups the rest of the run will train on; more than that are never active."""
+        room = (self._lag + 1) * self._prompts
+        limit = room if needed is None else min(room, needed)
+        admitted: list[int] = []
+        while len(self._active) < limit:
+            if self._next not in self._passed:
+                admitted.append(self._next)
+                self._active.add(self._next)
+            self._next += 1
+        return admitted
+
+    def finish(self, index: int) -> None:
+        """Group ``index`` is complete. A number that is not being generated is a programming error."""
+        if index not in self._active or index in self._finished or index in self._in_training:
+            raise ValueError(f"group {index} is not being generated")
+        self._finished.add(index)
+
+    def take(self) -> list[int] | None:
+        """The P groups of the next step in ascending order, or None while they are not all there."""
+        if self._in_training:
+            raise ValueError("the step before is not complete")
+        anchor, passed, taken = self._anchor, set(self._passed), []
+        left = sorted(self._finished)
+        while len(taken) < self._prompts:
+            if not left or left[0] >= anchor + self._width:
+                return None
+            taken.append(left.pop(0))
+            passed.add(taken[-1])
+            while anchor in passed:
+                passed.remove(anchor)
+                anchor += 1
+        self._anchor, self._passed = anchor, passed
+        self._finished.difference_update(taken)
+        self._in_training = set(taken)
+        return taken
+
+    def complete(self) -> None:
+        """The step on the groups last taken is complete: their places are free."""
+        self._active -= self._in_training
+        self._in_training = set()
+
+    def position(self) -> dict[str, object]:
+        """Where to resume once the step is complete: the arguments ``anchor`` and ``trained``."""
+        return {"anchor": self._anchor, "trained": sorted(self._passed)}

@@ -1,0 +1,86 @@
+"""From a config to a policy: a causal language model with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_utils import PreTrainedModel
+
+from vcpo.config import ModelConfig
+from vcpo.errors import ModelError
+from vcpo.policy.tokens import TokenizerCodec, character_tokenizer
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model, its tokenizer, and the context it is used with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int
+    name: str = "the small model"
+
+    @property
+    def codec(self) -> TokenizerCodec:
+        return TokenizerCodec(self.tokenizer, self.name)
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer in Hugging Face format."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def small_policy(config: ModelConfig, alphabet: str, seed: int) -> Policy:
+    """A freshly initialised Llama with an untied head and a character tokenizer for ``alphabet``."""
+    tokenizer = character_tokenizer(alphabet)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.context_length,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama)
+    return Policy(_place(model, config), tokenizer, config.context_length)
+
+
+def load_policy(name: str, config: ModelConfig) -> Policy:
+    """Any causal LM that transformers loads, from a folder or a hub id; its weights are never unpickled."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"cannot load the model {name!r}: {first_line} (give a folder with config.json, model.safetensors "
+            "and tokenizer files, or a hub id that this machine can reach)"
+        ) from error
+    supported = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = min(config.context_length, supported) if supported else config.context_length
+    return Policy(_place(model, config), tokenizer, context, name)
+
+
+def _place(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """Dropout off (the behaviour policy has none), on the device, in the number type."""
+    model.eval()
+    try:
+        model.to(device=config.device, dtype=getattr(torch, config.dtype))  # pyright: ignore[reportCallIssue]
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"cannot use device {config.device!r}: {str(error).splitlines()[0]}; set model.device"
+        ) from error
+    return model

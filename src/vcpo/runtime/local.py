@@ -1,0 +1,280 @@
+"""Child processes on one machine: ``pipeline.mode = "async"``.
+
+One learner and one or more samplers, each a child of this process, which runs the controller and computes
+nothing. Weights travel as a safetensors file in shared memory, removed when every sampler serves them.
+
+=============== ============================== ================================ ========================
+who             waits for                      woken by                         gives up after
+=============== ============================== ================================ ========================
+controller      see :mod:`vcpo.pipeline.controller`
+request         a worker's reply               the worker's frame               runtime.timeout_seconds
+watch           a worker's end                 end of its channel               never: raises, which ends the run
+worker          a request                      the controller's frame           its parent's end
+shutdown        a worker's exit                the closed channel               1 s, then it is killed
+=============== ============================== ================================ ========================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from vcpo import errors
+from vcpo.config import Config
+from vcpo.errors import VcpoError, WorkerError
+from vcpo.monitor.progress import Progress
+from vcpo.pipeline.controller import Arrivals, Begun, Controller, Publication, StepResult
+from vcpo.pipeline.rollout import GroupOrder
+from vcpo.pipeline.run_folder import RunFolder
+from vcpo.pipeline.session import Parts, train_session
+from vcpo.runtime.channel import Channel, ChannelClosed, Frame, join_records
+from vcpo.runtime.interrupts import stop_on_signals
+
+STOP_SECONDS = 3.0
+"""After Ctrl-C: time for the step in progress and a checkpoint before the workers are ended."""
+EXIT_SECONDS = 1.0
+
+EventListener = Callable[[dict[str, Any], bytes], None]
+
+
+class WorkerProcess:
+    """A child process and the channel to it."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, channel: Channel, log: Path, timeout: float) -> None:
+        self.name = name
+        self._process, self._channel, self._log, self._timeout = process, channel, log, timeout
+        self._replies: dict[int, asyncio.Future[Frame]] = {}
+        self._ids = itertools.count()
+        self.on_event: EventListener = lambda header, body: None
+
+    @staticmethod
+    async def start(role: str, name: str, config: Config, logs: Path) -> WorkerProcess:
+        ours, theirs = socket.socketpair()
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / f"{name}.log"
+        environment = os.environ | {"OMP_NUM_THREADS": str(config.runtime.threads), "PYTHONUNBUFFERED": "1"}
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "vcpo.runtime.worker", role, str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=True, env=environment,
+            )  # fmt: skip
+        theirs.close()
+        return WorkerProcess(name, process, await Channel.over(ours), log, config.runtime.timeout_seconds)
+
+    def request(self, do: str, body: bytes = b"", **header: Any) -> asyncio.Task[Frame]:
+        """Send now; await the returned task for the reply."""
+        number = next(self._ids)
+        self._replies[number] = asyncio.get_running_loop().create_future()
+        self._channel.send({"id": number, "do": do, **header}, body)
+        return asyncio.ensure_future(self._reply(number, do))
+
+    def tell(self, do: str, **header: Any) -> None:
+        """Send a request that has no reply."""
+        self._channel.send({"id": next(self._ids), "do": do, **header})
+
+    async def flush(self) -> None:
+        with contextlib.suppress(ChannelClosed):  # ``watch`` reports the end of the worker
+            await self._channel.flush()
+
+    async def _reply(self, number: int, do: str) -> Frame:
+        try:
+            header, body = await asyncio.wait_for(self._replies[number], self._timeout)
+        except TimeoutError:
+            raise WorkerError(
+                f"{self.name} did not answer {do!r} within {self._timeout:g} s (runtime.timeout_seconds); see {self._log}"
+            ) from None
+        finally:
+            self._replies.pop(number, None)
+        if "error" in header:
+            raise self._error(header)
+        return header, body
+
+    async def watch(self) -> None:
+        """Receive until the worker is gone, then raise its end as an error."""
+        while True:
+            try:
+                header, body = await self._channel.receive()
+            except ChannelClosed:
+                code = await self._process.wait()
+                how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+                raise WorkerError(f"{self.name} {how}; see {self._log}") from None
+            if "event" not in header:
+                if (reply := self._replies.get(header["id"])) is not None and not reply.done():
+                    reply.set_result((header, body))
+            elif header["event"] == "failed":
+                raise self._error(header)
+            else:
+                self.on_event(header, body)
+
+    def _error(self, header: dict[str, Any]) -> VcpoError:
+        kind = getattr(errors, header["error"], WorkerError)
+        error = VcpoError.__new__(kind)  # the message is complete: not every class is made from one string
+        Exception.__init__(error, f"{self.name}: {header['message']}" if kind is WorkerError else header["message"])
+        return error
+
+    async def end(self) -> None:
+        """Close the channel, which ends the worker; kill it if it does not notice."""
+        self._channel.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+class LocalLearner:
+    """The learner in a child process."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+
+    async def step(self, records: Sequence[bytes]) -> StepResult:
+        lengths, body = join_records(list(records))
+        header, _ = await self._worker.request("step", body, lengths=lengths)
+        return StepResult(_metrics(header["metrics"]), Publication(**header["publication"]))
+
+    async def checkpoint(self, position: dict[str, Any]) -> None:
+        await self._worker.request("checkpoint", position=position)
+
+    async def export(self, folder: Path) -> None:
+        await self._worker.request("export", folder=str(folder))
+
+
+class LocalSampler:
+    """A sampler in a child process."""
+
+    def __init__(self, worker: WorkerProcess, arrivals: Arrivals) -> None:
+        self._worker, self._arrivals = worker, arrivals
+        self._busy = 0.0
+        worker.on_event = self._on_event
+
+    @property
+    def name(self) -> str:
+        return self._worker.name
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._busy
+
+    def publish(self, publication: Publication) -> Awaitable[str]:
+        request = self._worker.request("publish", version=publication.version, source=publication.source)
+        return asyncio.ensure_future(self._checksum(request))
+
+    async def _checksum(self, request: Awaitable[Frame]) -> str:
+        return (await request)[0]["checksum"]
+
+    async def order(self, orders: Sequence[GroupOrder]) -> None:
+        self._worker.tell("order", orders=[(o.index, o.version) for o in orders])
+        await self._worker.flush()
+
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
+        header, _ = await self._worker.request("evaluate", first=first, count=count, greedy=greedy)
+        self._busy = header["busy"]
+        return header["rewards"]
+
+    def _on_event(self, header: dict[str, Any], body: bytes) -> None:
+        self._busy = header["busy"]
+        self._arrivals.put_nowait((self.name, header["number"], body))
+
+
+def _metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no whole-number keys: the histogram's come back as text."""
+    return metrics | {"lag_histogram": {int(k): v for k, v in metrics["lag_histogram"].items()}}
+
+
+class _Run:
+    """One training run: its workers, and the task that a signal or a worker's end cancels."""
+
+    def __init__(self, config: Config, run: RunFolder, progress: Progress, *, resume: bool) -> None:
+        self._config, self._run, self._progress, self._resume = config, run, progress, resume
+        self._begun_at = time.perf_counter()
+        self._workers: list[WorkerProcess] = []
+        self._controller: Controller | None = None
+        self._transfer: Path | None = None
+
+    async def __call__(self) -> dict[str, Any]:
+        try:
+            names = [f"sampler-{i}" for i in range(self._config.runtime.samplers)]
+            learner = await self._start("learner", "learner")
+            samplers = [await self._start("sampler", name) for name in names]
+            training = asyncio.ensure_future(self._train(learner, samplers))
+            stop_on_signals(lambda: self._stop(training))
+            try:
+                return await _unless([w.watch() for w in self._workers], training)
+            except asyncio.CancelledError:
+                if not training.cancelled():
+                    raise
+                return {"completed": False, "steps": 0, "run_folder": str(self._run.path)}
+        finally:
+            await asyncio.gather(*(w.end() for w in self._workers))
+            if self._transfer is not None:
+                shutil.rmtree(self._transfer, ignore_errors=True)
+
+    async def _start(self, role: str, name: str) -> WorkerProcess:
+        worker = await WorkerProcess.start(role, name, self._config, self._run.logs)
+        self._workers.append(worker)
+        return worker
+
+    def _stop(self, training: asyncio.Task[Any]) -> None:
+        """Let the controller end in order if it can; end it anyway soon after."""
+        if self._controller is None:
+            training.cancel()
+            return
+        self._controller.stop()
+        asyncio.get_running_loop().call_later(STOP_SECONDS, training.cancel)
+
+    async def _train(self, learner: WorkerProcess, samplers: list[WorkerProcess]) -> dict[str, Any]:
+        config, progress = self._config, self._progress
+        description = config.model_dump(mode="json")
+        if config.warm_start.steps and not config.model.name and not self._resume:
+            progress.phase("warm start", config.warm_start.steps)
+            learner.on_event = lambda header, body: progress.advance({"loss": header["loss"]})
+        header, _ = await learner.request(
+            "begin", config=description, run_folder=str(self._run.path), resume=self._resume
+        )
+        begun, initial = Begun(**header["begun"]), Publication(**header["publication"])
+        self._transfer = Path(initial.source).parent
+        await asyncio.gather(*(s.request("begin", config=description, policy=begun.policy) for s in samplers))
+        arrivals: Arrivals = asyncio.Queue()
+        parts = Parts(
+            learner=LocalLearner(learner),
+            samplers=[LocalSampler(worker, arrivals) for worker in samplers],
+            arrivals=arrivals,
+            begun=begun,
+            initial=initial,
+            begun_at=self._begun_at,
+        )
+        return await train_session(config, self._run, parts, progress, self._on_controller)
+
+    def _on_controller(self, controller: Controller) -> None:
+        self._controller = controller
+
+
+async def _unless(watchers: Sequence[Coroutine[Any, Any, None]], work: asyncio.Task[Any]) -> Any:
+    """The result of ``work``, unless a watcher ends first, with an error: then ``work`` is cancelled."""
+    watching = [asyncio.ensure_future(w) for w in watchers]
+    try:
+        await asyncio.wait([work, *watching], return_when=asyncio.FIRST_COMPLETED)
+        for watcher in watching:
+            if watcher.done():
+                await watcher
+        return await work
+    finally:
+        for task in (work, *watching):
+            task.cancel()
+        await asyncio.gather(work, *watching, return_exceptions=True)
+
+
+def train_local(config: Config, run: RunFolder, progress: Progress, *, resume: bool) -> dict[str, Any]:
+    """Train with a learner and samplers that overlap; the summary, ``completed`` false if interrupted."""
+    return asyncio.run(_Run(config, run, progress, resume=resume)())

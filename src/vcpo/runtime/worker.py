@@ -1,0 +1,214 @@
+"""What runs in a child process: ``python -m vcpo.runtime.worker ROLE FD``.
+
+A worker answers each request with one reply and may send events in between. It ends when the other end of
+its channel is gone, however its parent died, and it has a session of its own, so that Ctrl-C in a terminal
+reaches the parent alone. What it prints goes to the run's ``logs`` folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from vcpo.config import Config
+from vcpo.errors import VcpoError
+from vcpo.runtime.channel import BlockingChannel, Channel, ChannelClosed, split_records
+
+Reply = dict[str, Any]
+
+
+def error_reply(error: BaseException) -> Reply:
+    """An error as a header: its class if it is in the vocabulary, and its message."""
+    traceback.print_exception(error)
+    if isinstance(error, VcpoError):
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"error": "WorkerError", "message": f"{type(error).__name__}: {error}"}
+
+
+def configure(header: dict[str, Any]) -> Config:
+    """The config of the run, from the first frame; limits this process's threads."""
+    import torch
+
+    config = Config.model_validate(header["config"])
+    torch.set_num_threads(config.runtime.threads)
+    return config
+
+
+class LearnerProcess:
+    """Answers for the learner, one request at a time."""
+
+    def __init__(self, channel: BlockingChannel) -> None:
+        self._channel = channel
+        self._transfer: Path | None = None
+
+    def serve(self) -> None:
+        try:
+            while True:
+                self._answer(*self._channel.receive())
+        except ChannelClosed:
+            return
+        finally:
+            if self._transfer is not None:
+                shutil.rmtree(self._transfer, ignore_errors=True)
+
+    def _answer(self, header: dict[str, Any], body: bytes) -> None:
+        try:
+            reply = getattr(self, f"do_{header['do']}")(header, body)
+        except ChannelClosed:
+            raise
+        except Exception as error:
+            reply = error_reply(error)
+        self._channel.send({"id": header["id"], **reply})
+
+    def do_begin(self, header: dict[str, Any], body: bytes) -> Reply:
+        from vcpo.pipeline.services import LearnerService
+
+        self._service = LearnerService(configure(header), Path(header["run_folder"]))
+        begun = self._service.begin(resume=header["resume"], listener=self._on_warm_start)
+        return {"begun": vars(begun), "publication": self._publication()}
+
+    def do_step(self, header: dict[str, Any], body: bytes) -> Reply:
+        metrics = self._service.step(split_records(header["lengths"], body))
+        return {"metrics": metrics, "publication": self._publication()}
+
+    def do_checkpoint(self, header: dict[str, Any], body: bytes) -> Reply:
+        self._service.checkpoint(header["position"])
+        return {}
+
+    def do_export(self, header: dict[str, Any], body: bytes) -> Reply:
+        self._service.export(Path(header["folder"]))
+        return {}
+
+    def _on_warm_start(self, step: int, loss: float) -> None:
+        self._channel.send({"event": "warm start", "loss": loss})
+
+    def _publication(self) -> Reply:
+        """Put the current weights where the samplers can map them.
+
+        When version v is written, every sampler serves v - 2 already: the controller waits for v - 1 to be
+        served before it sends v. So older files can go.
+        """
+        from vcpo.policy.weights import write_weights
+
+        version, weights, checksum = self._service.weights()
+        if self._transfer is None:
+            self._transfer = transfer_folder(3 * sum(t.nbytes for t in weights.values()))
+        path = self._transfer / f"version-{version}.safetensors"
+        write_weights(path, weights)
+        (self._transfer / f"version-{version - 2}.safetensors").unlink(missing_ok=True)
+        return {"version": version, "checksum": checksum, "source": str(path)}
+
+
+def transfer_folder(size: int) -> Path:
+    """A folder for weights on their way: in shared memory if ``size`` bytes fit there, else on disk."""
+    shared = Path("/dev/shm")
+    fits = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > size
+    return Path(tempfile.mkdtemp(prefix="vcpo-weights-", dir=shared if fits else None))
+
+
+class SamplerProcess:
+    """Answers for a sampler with its environments; groups are played while requests are answered.
+
+    Requests are taken in order, and a publication is served before the next request is looked at: groups
+    ordered after it are sampled with it.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._playing: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        while True:
+            try:
+                header, _ = await self._channel.receive()
+            except ChannelClosed:
+                return
+            handler: Callable[[dict[str, Any]], Awaitable[Reply] | None] = getattr(self, f"do_{header['do']}")
+            try:
+                if (answer := handler(header)) is not None:
+                    self._reply(header, await answer)
+            except Exception as error:
+                self._reply(header, error_reply(error))
+            await self._channel.flush()
+
+    def _reply(self, header: dict[str, Any], reply: Reply) -> None:
+        self._channel.send({"id": header["id"], "busy": self._busy, **reply})
+
+    @property
+    def _busy(self) -> float:
+        service = getattr(self, "_service", None)
+        return service.busy_seconds if service else 0.0
+
+    async def do_begin(self, header: dict[str, Any]) -> Reply:
+        from vcpo.pipeline.services import RolloutService
+
+        self._service = RolloutService(configure(header))
+        self._service.begin(header["policy"])
+        return {}
+
+    async def do_publish(self, header: dict[str, Any]) -> Reply:
+        from vcpo.policy.weights import read_weights
+
+        weights = read_weights(Path(header["source"]))
+        return {"checksum": await self._service.publish(header["version"], weights)}
+
+    def do_order(self, header: dict[str, Any]) -> None:
+        """Begin to play; each finished group is an event, and an error ends the sampler's usefulness."""
+        from vcpo.pipeline.rollout import GroupOrder
+
+        orders = [GroupOrder(number, version) for number, version in header["orders"]]
+        self._spawn(self._play(orders))
+
+    def do_evaluate(self, header: dict[str, Any]) -> None:
+        self._spawn(self._evaluate(header))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._playing.add(task)
+        task.add_done_callback(self._playing.discard)
+
+    async def _play(self, orders: list[Any]) -> None:
+        try:
+            await self._service.play(orders, self._on_group)
+        except Exception as error:
+            self._channel.send({"event": "failed", **error_reply(error)})
+
+    def _on_group(self, number: int, record: bytes) -> None:
+        self._channel.send({"event": "group", "number": number, "busy": self._busy}, record)
+
+    async def _evaluate(self, header: dict[str, Any]) -> None:
+        try:
+            rewards = await self._service.evaluate(header["first"], header["count"], greedy=header["greedy"])
+            self._reply(header, {"rewards": rewards})
+        except Exception as error:
+            self._reply(header, error_reply(error))
+
+
+async def _serve_sampler(end: socket.socket) -> None:
+    await SamplerProcess(await Channel.over(end)).serve()
+
+
+def main() -> None:
+    role, descriptor = sys.argv[1], int(sys.argv[2])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.Formatter.converter = time.gmtime
+    end = socket.socket(fileno=descriptor)
+    if role == "learner":
+        LearnerProcess(BlockingChannel(end)).serve()
+    else:
+        asyncio.run(_serve_sampler(end))
+    os._exit(0)  # nothing is left to save; library threads must not hold the process
+
+
+if __name__ == "__main__":
+    main()

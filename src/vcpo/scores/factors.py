@@ -1,0 +1,146 @@
+"""Gradients of one parameter, for all trajectories at once, kept as the factors they are made of.
+
+A weight that meets one position after another has as its gradient a sum over a trajectory's positions t,
+and each term is a product: ∇W = Σ_t rows_t ⊗ columns_t. Its square needs no ∇W,
+
+    ‖∇W‖² = Σ_{t,u} (rows_t · rows_u) (columns_t · columns_u)                  (ghost form)
+
+which is cheaper than forming ∇W iff T < d·p / (d + p) (arXiv 2110.05679; the book-keeping view of
+2210.00038). A parameter used several times has as its gradient the sum of its uses', so
+
+    ‖Σ_k G_k‖² = Σ_k ‖G_k‖² + 2 Σ_{k<l} ⟨G_k, G_l⟩
+
+and the cross terms ⟨G_k, G_l⟩ have the same form, with rows and columns of two uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vcpo.scores import layout as layouts
+from vcpo.scores.layout import Block, Layout
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Gradient [p, d] of a matrix: Σ_t rows_t ⊗ columns_t."""
+
+    rows: Float[Tensor, "P p"]
+    columns: Float[Tensor, "P d"]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Gradient [V, d] of a table: Σ_t onehot(token_t) ⊗ columns_t."""
+
+    tokens: Int[Tensor, " P"]
+    columns: Float[Tensor, "P d"]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Gradient [p] of a vector: Σ_t values_t."""
+
+    values: Float[Tensor, "P p"]
+
+
+Factor = Outer | Lookup | Vector
+
+
+def total_squared_norms(gradients: Iterable[Sequence[Factor]], layout: Layout) -> Float[Tensor, " N"]:
+    """Σ over parameters of ‖∇‖², for each trajectory; one sequence of factors (its uses) a parameter."""
+    shared: dict[tuple[object, ...], list[Outer]] = {}
+    terms: list[Tensor] = []
+    for uses in gradients:
+        if len(uses) == 1 and isinstance(uses[0], Outer):
+            shared.setdefault(_memory(uses[0].columns), []).append(uses[0])
+        else:
+            terms.append(_parameter_norms(uses, layout))
+    # Layers that read one input (query, key, value; gate, up) are one wide layer: its AAᵀ is found once.
+    terms += [_outer_norms([o.rows for o in outers], outers[0].columns, layout) for outers in shared.values()]
+    return reduce(torch.add, terms)
+
+
+def _memory(values: Tensor) -> tuple[object, ...]:
+    return values.data_ptr(), values.shape, values.stride(), values.dtype
+
+
+def _parameter_norms(uses: Sequence[Factor], layout: Layout) -> Tensor:
+    vectors = [layout.sums(use.values) for use in uses if isinstance(use, Vector)]
+    matrices = [use for use in uses if not isinstance(use, Vector)]
+    if vectors:
+        return reduce(torch.add, vectors).square().sum(-1)
+    total = reduce(torch.add, [_matrix_norms(use, layout) for use in matrices])
+    for one, other in combinations(matrices, 2):
+        total = total + 2 * _inner_products(one, other, layout)
+    return total.clamp_min(0)  # gradients that cancel may leave a rounding error below zero
+
+
+def _matrix_norms(use: Outer | Lookup, layout: Layout) -> Tensor:
+    if isinstance(use, Outer):
+        return _outer_norms([use.rows], use.columns, layout)
+    sums, owners = layout.token_sums(use.tokens, use.columns)
+    return layout.zeros(sums).index_add_(0, owners, sums.square().sum(-1))
+
+
+def _outer_norms(rows: Sequence[Tensor], columns: Tensor, layout: Layout) -> Tensor:
+    """‖Σ_t rows_t ⊗ columns_t‖², where ``rows`` lie side by side."""
+    d, p = columns.shape[-1], sum(r.shape[-1] for r in rows)
+    width = max(1, layouts.BUDGET // max(d, *layout.sorted_lengths[:1], 1))
+    slices = [part for r in rows for part in r.split(width, dim=-1)]
+    widest = max(s.shape[-1] for s in slices)
+
+    def ghost(length: int) -> bool:
+        return length * (d + p) < d * p
+
+    def cost(length: int) -> int:
+        return length * (d + widest) + (2 * length**2 if ghost(length) else d * widest)
+
+    norms = layout.zeros(columns)
+    for block in layout.blocks(cost):
+        form = _ghost_norms if ghost(block.index.shape[1]) else _formed_norms
+        norms[block.members] = form((block.gather(s) for s in slices), block.gather(columns))
+    return norms
+
+
+def _ghost_norms(rows: Iterator[Tensor], columns: Float[Tensor, "n T d"]) -> Float[Tensor, " n"]:
+    first = next(rows)
+    kernel = first @ first.mT
+    for part in rows:
+        kernel.baddbmm_(part, part.mT)
+    return kernel.mul_(columns @ columns.mT).sum((1, 2))
+
+
+def _formed_norms(rows: Iterator[Tensor], columns: Float[Tensor, "n T d"]) -> Float[Tensor, " n"]:
+    return reduce(torch.add, ((part.mT @ columns).square_().sum((1, 2)) for part in rows))
+
+
+def _inner_products(one: Outer | Lookup, other: Outer | Lookup, layout: Layout) -> Float[Tensor, " N"]:
+    """⟨∇₁, ∇₂⟩ of two uses of one parameter, for each trajectory."""
+    width = max(v.shape[-1] for use in (one, other) for v in vars(use).values() if v.dim() == 2)
+    products = layout.zeros(one.columns)
+    for block in layout.blocks(lambda length: 2 * length * (width + length)):
+        columns = block.gather(one.columns) @ block.gather(other.columns).mT
+        products[block.members] = (columns * _row_kernel(one, other, block)).sum((1, 2))
+    return products
+
+
+def _row_kernel(one: Outer | Lookup, other: Outer | Lookup, block: Block) -> Float[Tensor, "n T T"]:
+    """rows_t · rows'_u; the row of a lookup is one-hot, so that its product is an element of the other."""
+    if isinstance(one, Outer) and isinstance(other, Outer):
+        return block.gather(one.rows) @ block.gather(other.rows).mT
+    if isinstance(one, Lookup) and isinstance(other, Lookup):
+        return one.tokens[block.index][:, :, None] == other.tokens[block.index][:, None, :]
+    if isinstance(one, Lookup) and isinstance(other, Outer):
+        return other.rows[block.index[:, None, :], one.tokens[block.index][:, :, None]]
+    return _row_kernel(other, one, block).mT

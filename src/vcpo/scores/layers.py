@@ -1,0 +1,184 @@
+"""What each kind of layer's parameters get from its input A and the gradient E of its output.
+
+One rule a kind: linear (y = A Wᵀ + b), transformers' Conv1D (y = A W + b), embedding, layer norm, and
+scale norm: any module with one vector w whose output is w ⊙ x̂ + c, found out by trying (Llama's RMSNorm
+w ⊙ x̂ and Gemma's (1 + w) ⊙ x̂ are two). A rule applies only to the forward method it was written for:
+a subclass that overrides it, or that owns more parameters, is not recognised.
+
+Shapes: A and E are [R, T, ·]; a norm inside attention may see [R, T, H, d] or [R, H, T, d].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from vcpo.errors import UnsupportedLayerError
+from vcpo.scores.factors import Factor, Lookup, Outer, Vector
+from vcpo.scores.layout import precise
+
+Rule = Callable[[nn.Module, Tensor, Tensor, torch.Size], Mapping[str, Factor]]
+"""(module, A, E, (R, T)) to the gradient factors of the module's own parameters, by name.
+
+Raises ValueError if the layer did not see R × T positions."""
+
+
+def rule_for(name: str, module: nn.Module) -> Rule:
+    """The rule of a module that owns trainable parameters; UnsupportedLayerError names one without."""
+    for kind in (_linear_kind, _embedding_kind, _layer_norm_kind, _scale_norm_kind):
+        if (rule := kind(module)) is not None:
+            return rule
+    own = ", ".join(n for n, p in module.named_parameters(recurse=False) if p.requires_grad)
+    raise UnsupportedLayerError(
+        f"no score-norm rule for {name or 'the model itself'} ({type(module).__name__}), which owns {own}: "
+        "freeze it, or build it from Linear, Conv1D, Embedding, LayerNorm and RMSNorm modules"
+    )
+
+
+def _owns_only(module: nn.Module, *names: str) -> bool:
+    return {n for n, _ in module.named_parameters(recurse=False)} <= set(names)
+
+
+def _forward_is(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(module).forward is kind.forward
+
+
+def _flat(values: Tensor, rows: torch.Size) -> Tensor:
+    """[R, T, d] as [P, d]."""
+    if values.shape[:-1] != rows:
+        raise ValueError(f"{tuple(values.shape[:-1])} positions")
+    return values.reshape(-1, values.shape[-1])
+
+
+def _linear_kind(module: nn.Module) -> Rule | None:
+    if not _owns_only(module, "weight", "bias"):
+        return None
+    if _forward_is(module, nn.Linear):
+        return _linear
+    return _conv1d if _forward_is(module, Conv1D) else None
+
+
+def _linear(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
+    a, e = _flat(a, rows), _flat(e, rows)
+    return {"weight": Outer(rows=e, columns=a), "bias": Vector(e)}
+
+
+def _conv1d(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
+    a, e = _flat(a, rows), _flat(e, rows)
+    return {"weight": Outer(rows=a, columns=e), "bias": Vector(e)}
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    """Rows of a table, times a constant; the padding token gets no gradient."""
+
+    scale: float
+    padding_token: int | None
+
+    def __call__(self, module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
+        tokens, columns = _flat(a[..., None], rows)[:, 0], _flat(e, rows)
+        if self.scale != 1:
+            columns = columns * self.scale
+        if self.padding_token is not None:
+            columns = columns.masked_fill((tokens == self.padding_token)[:, None], 0)
+        return {"weight": Lookup(tokens, columns)}
+
+
+def _embedding_kind(module: nn.Module) -> Rule | None:
+    if not isinstance(module, nn.Embedding) or not _owns_only(module, "weight"):
+        return None
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        return None  # the first changes the table while it is read, the second mixes trajectories
+    if _forward_is(module, nn.Embedding):
+        return _Embedding(1.0, module.padding_idx)
+    scale = torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight)
+    some = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
+    with torch.no_grad():
+        scaled = _close(module(some), module.weight[some] * scale)
+    return _Embedding(float(scale), module.padding_idx) if scaled else None
+
+
+def _layer_norm_kind(module: nn.Module) -> Rule | None:
+    one_axis = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+    known = one_axis and _forward_is(module, nn.LayerNorm) and _owns_only(module, "weight", "bias")
+    return _layer_norm if known else None
+
+
+def _layer_norm(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
+    assert isinstance(module, nn.LayerNorm)
+    normalised = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
+    values = precise(e) * normalised
+    return {"weight": Vector(_per_position(values, a, rows)), "bias": Vector(_per_position(e, a, rows))}
+
+
+@dataclass(frozen=True)
+class _ScaleNorm:
+    """w ⊙ x̂ + c, with x̂ = Σ_k sign_k · output(w = value_k)."""
+
+    points: tuple[tuple[float, int], ...]
+
+    def __call__(self, module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
+        values = precise(e) * self.normalised(module, a)
+        return {"weight": Vector(_per_position(values, a, rows))}
+
+    def normalised(self, module: nn.Module, a: Tensor) -> Tensor:
+        """x̂."""
+        return reduce(torch.add, (sign * _output_with(module, value, a) for value, sign in self.points))
+
+
+def _output_with(module: nn.Module, value: float | Tensor, a: Tensor) -> Tensor:
+    weight = module.get_parameter("weight")
+    replaced = value if isinstance(value, Tensor) else torch.full_like(weight, value)
+    return functional_call(module, {"weight": replaced}, (a,))
+
+
+def _scale_norm_kind(module: nn.Module) -> Rule | None:
+    """A scale norm, if the output for a random w is w ⊙ x̂ + c as the outputs for 0 and 1 foretell it."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not _owns_only(module, "weight"):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    a, w = torch.randn(5, 1, len(weight), generator=generator).to(weight).split((4, 1))
+    try:
+        with torch.no_grad():
+            zero, one, some = (_output_with(module, v, a) for v in (0.0, 1.0, w[0, 0]))
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return None  # not a function of one tensor
+    if not isinstance(zero, Tensor) or zero.shape != a.shape or not _close(some, w * (one - zero) + zero):
+        return None
+    if not zero.any():
+        return _ScaleNorm(((1.0, 1),))
+    if _close(one, 2 * zero):
+        return _ScaleNorm(((0.0, 1),))
+    return _ScaleNorm(((1.0, 1), (0.0, -1)))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = 8 * torch.finfo(one.dtype).eps ** 0.75
+    return torch.allclose(one, other.to(one.dtype), rtol=tolerance, atol=tolerance)
+
+
+def _per_position(values: Tensor, a: Tensor, rows: torch.Size) -> Tensor:
+    """[R, T, H, d] or [R, H, T, d] summed over the heads, as [P, d]; [R, T, d] as it is."""
+    if values.dim() == 4:
+        values = values.sum(3 - _time_axis(a, rows))
+    return _flat(values, rows)
+
+
+def _time_axis(a: Tensor, rows: torch.Size) -> int:
+    axes = [axis for axis in (1, 2) if a.shape[axis] == rows[1]]
+    base = a._base  # as many heads as positions: the [R, T, H·d] tensor that ``a`` is a view of tells
+    if len(axes) == 2 and base is not None and base.shape[:-1] == rows:
+        axes = [axis for axis in axes if a.stride(axis) == base.stride(1)]
+    if len(axes) == 2 and rows[1] > 1:
+        raise ValueError("as many heads as positions, and cannot tell them apart (add a padding column)")
+    if not axes:
+        raise ValueError(f"{tuple(a.shape[:-1])} positions")
+    return axes[0]
