@@ -125,7 +125,7 @@ def main() -> None:
     torch.set_num_threads(1)
     records = []
     for setting in SETTINGS:
-        cost = measure(setting, repetitions=7 if arguments.quick else 15)
+        cost = measure(setting, repetitions=3 if arguments.quick else 9)
         records.append({"setting": asdict(setting), "cost": asdict(cost)})
         print(
             f"d={setting.hidden_size} layers={setting.layers} {setting.trajectories}×{setting.tokens}"

@@ -18,16 +18,20 @@ from rich.text import Text
 
 from vcpo.monitor import words
 
-FIGURES: tuple[tuple[str, str], ...] = (
-    ("reward", "reward"),
-    ("greedy_accuracy", "greedy"),
-    ("accuracy", "accuracy"),
-    ("ess_ratio", "ESS ratio"),
-    ("lag_mean", "lag"),
-    ("step_scale", "scale"),
-    ("tokens_per_second", "tok/s"),
+FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("reward", "reward", "{:.2f}".format),
+    ("greedy_accuracy", "greedy", "{:.2f}".format),
+    ("accuracy", "acc", "{:.2f}".format),
+    ("ess_ratio", "ESS", "{:.2f}".format),
+    ("lag_mean", "lag", "{:.1f}".format),
+    ("step_scale", "scale", "{:.2f}".format),
+    ("tokens_per_second", "tok/s", words.amount),
 )
-"""Metric and its short name, the most telling first: on a narrow terminal the last ones are dropped."""
+"""Metric, its short name and form, the most telling first: a narrow terminal drops the last ones.
+All of them fit in 80 columns."""
+
+LOSS = ("loss", "loss", words.amount)
+"""Shown in phases without a reward, such as the warm start."""
 
 PLAIN_LINES = 20
 """Lines a phase prints where there is no terminal."""
@@ -107,9 +111,9 @@ class Phase:
         return f"{words.clock(self.elapsed)}{left}"
 
     def labelled(self) -> list[tuple[str, str]]:
-        """(short name, value) of the figures to show; the loss only where there is no reward."""
-        shown = FIGURES if "reward" in self.figures else (*FIGURES, ("loss", "loss"))
-        return [(label, words.amount(self.figures[key])) for key, label in shown if key in self.figures]
+        """(short name, value) of the figures to show."""
+        shown = FIGURES if "reward" in self.figures else (*FIGURES, LOSS)
+        return [(label, form(self.figures[key])) for key, label, form in shown if key in self.figures]
 
 
 class RichProgress:
@@ -208,7 +212,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """
     rows = [*_accuracies(summary), *_times(summary), *_variance(summary), *_places(summary)]
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
+    table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
@@ -221,15 +225,16 @@ def _accuracies(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ends = [_with_interval(summary, f"{key}_{end}") for end in ("before", "after")]
         if known := [end for end in ends if end]:
             rows.append((name, " → ".join(known)))
-    return rows
+    return [("held-out", "before → after [95 % interval]"), *rows] if rows else []
 
 
 def _with_interval(summary: Mapping[str, Any], key: str) -> str:
-    """``0.724 [0.684, 0.761]``: a proportion with its 95 % interval."""
+    """``72.4 % [68, 76]``: a proportion with its interval."""
     value, bounds = words.number(summary, key), words.interval(summary, key)
     if value is None:
         return ""
-    return f"{value:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+    between = f" [{100 * bounds[0]:.0f}, {100 * bounds[1]:.0f}]" if bounds else ""
+    return f"{100 * value:.1f} %{between}"
 
 
 def _times(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

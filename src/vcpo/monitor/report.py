@@ -298,7 +298,7 @@ def _bar(name: str, parts: Sequence[tuple[str, str, float]], scale: float) -> st
 def _facts(summary: Mapping[str, Any]) -> str:
     """Every entry of the summary, as it is."""
     entries = "".join(
-        f"<tr><th>{escape(str(key))}</th><td>{escape(_fact(value))}</td></tr>"
+        f"<tr><th>{escape(str(key)).replace('_', '_<wbr>')}</th><td>{escape(_fact(value))}</td></tr>"
         for key, value in summary.items()
     )
     table = f"<div class=scroll><table>{entries}</table></div>"
@@ -392,8 +392,9 @@ details h3{margin:14px 0 4px;text-transform:capitalize}
 pre,.scroll{overflow-x:auto}
 pre{font-size:.82rem;margin:0 0 12px}
 table{border-collapse:collapse;font-size:.86rem;margin-bottom:12px}
-th{text-align:left;font-weight:500;color:var(--muted);padding:3px 20px 3px 0;vertical-align:top}
-td{overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+th{width:45%;text-align:left;font-weight:500;color:var(--muted);padding:3px 16px 3px 0}
+th,td{vertical-align:top}
+td{padding:3px 0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 dl{margin:0 0 12px;font-size:.9rem}
 dt{margin-top:8px}dt i{color:var(--muted);font-style:normal;font-size:.82rem}
 dd{margin:0}dd span{color:var(--muted)}

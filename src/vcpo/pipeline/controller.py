@@ -139,6 +139,7 @@ class Controller:
         self._published: asyncio.Future[Any] | None = None
         self._begun = time.perf_counter()
         self._last_accuracy: dict[str, float] = {}
+        self._busy = 0.0
         self.seconds_evaluating = 0.0
 
     def stop(self) -> None:
@@ -221,7 +222,6 @@ class Controller:
 
     async def _step(self, taken: list[int]) -> dict[str, Any]:
         records = [self._record_of(number) for number in taken]
-        busy = sum(s.busy_seconds for s in self.samplers)
         begun = time.perf_counter()
         self.journal.mark(taken, self.version)
         result = await self.learner.step(records)
@@ -235,7 +235,6 @@ class Controller:
             "version": self.version,
             "seconds_training": published - begun,
             "seconds_publishing": now - published,
-            "seconds_sampling": sum(s.busy_seconds for s in self.samplers) - busy,
         }
 
     def _record_of(self, number: int) -> bytes:
@@ -289,7 +288,12 @@ class Controller:
     def _record(self, row: dict[str, Any]) -> None:
         elapsed = time.perf_counter() - self._begun
         spent = row["seconds_training"] + row["seconds_waiting"] + row["seconds_publishing"]
-        row |= {"elapsed": elapsed, "tokens_per_second": row["tokens"] / max(spent, 1e-9)}
+        busy, self._busy = self._busy, sum(s.busy_seconds for s in self.samplers)
+        row |= {
+            "elapsed": elapsed,
+            "tokens_per_second": row["tokens"] / max(spent, 1e-9),
+            "seconds_sampling": self._busy - busy,
+        }
         self.writer.write(row)
         self.progress.advance(row | self._last_accuracy)
 

@@ -63,7 +63,7 @@ async def train_session(
     on_controller: Callable[[Controller], None] = lambda controller: None,
 ) -> dict[str, Any]:
     """Run to the end (or until the controller is stopped) and return the summary, also in summary.json."""
-    with MetricsWriter(run.path, resume_step=parts.begun.version or None) as writer:
+    with MetricsWriter(run.path, resume_step=parts.begun.version) as writer:
         controller = make_controller(config, run, parts, writer, progress)
         on_controller(controller)
         collecting = asyncio.ensure_future(controller.collect())

@@ -26,11 +26,6 @@ def weight_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights that later steps do not change."""
-    return {name: tensor.clone() for name, tensor in weight_tensors(model).items()}
-
-
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Weights) -> None:
     """Copy ``weights`` into the model in place; names and shapes must be exactly the model's."""

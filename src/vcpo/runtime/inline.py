@@ -38,7 +38,8 @@ class InlineLearner:
 
     def publication(self) -> Publication:
         version, weights, checksum = self._service.weights()
-        return Publication(version, checksum, weights)
+        frozen = {name: tensor.clone() for name, tensor in weights.items()}  # the next step changes the learner's
+        return Publication(version, checksum, frozen)
 
     async def checkpoint(self, position: dict[str, Any]) -> None:
         self._service.checkpoint(position)

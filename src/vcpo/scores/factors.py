@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vcpo.scores import layout as layouts
 from vcpo.scores.layout import Block, Layout
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def _matrix_norms(use: Outer | Lookup, layout: Layout) -> Tensor:
 def _outer_norms(rows: Sequence[Tensor], columns: Tensor, layout: Layout) -> Tensor:
     """‖Σ_t rows_t ⊗ columns_t‖², where ``rows`` lie side by side."""
     d, p = columns.shape[-1], sum(r.shape[-1] for r in rows)
-    width = max(1, layouts.BUDGET // max(d, *layout.sorted_lengths[:1], 1))
+    width = max(1, layout.budget // max(d, layout.longest))
     slices = [part for r in rows for part in r.split(width, dim=-1)]
     widest = max(s.shape[-1] for s in slices)
 

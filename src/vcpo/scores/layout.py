@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 BUDGET = 2**24
-"""The most numbers that one block's temporaries hold, unless a single trajectory needs more."""
+"""Default for the most numbers that a block's temporaries hold (64 MiB in float32)."""
 
 
 def precise(values: Tensor) -> Tensor:
@@ -66,10 +66,12 @@ class Layout:
     """The trajectories, longest first."""
     sorted_lengths: list[int]
     """Lengths in that order, without the empty ones."""
+    budget: int
+    """The most numbers that one block's temporaries hold, unless a single trajectory needs more."""
     _blocks: dict[tuple[int, int], Block] = field(default_factory=dict)
 
     @staticmethod
-    def of(segments: Int[Tensor, "R T"], count: int) -> Layout:
+    def of(segments: Int[Tensor, "R T"], count: int, budget: int = BUDGET) -> Layout:
         """Read the trajectory ids (-1: padding) of the packed rows."""
         owners = segments.flatten()
         lengths = torch.bincount(owners + 1, minlength=count + 1)
@@ -83,7 +85,13 @@ class Layout:
             lengths=lengths,
             by_length=by_length,
             sorted_lengths=[n for n in lengths[by_length].tolist() if n],
+            budget=budget,
         )
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest trajectory; 1 if all are empty."""
+        return max(self.sorted_lengths, default=1)
 
     @property
     def count(self) -> int:
@@ -104,7 +112,7 @@ class Layout:
         while start < len(self.sorted_lengths):
             longest = self.sorted_lengths[start]
             similar = bisect_left(self.sorted_lengths, -(longest // 2), lo=start, key=lambda n: -n)
-            stop = min(start + max(1, BUDGET // cost(longest)), max(similar, start + 1))
+            stop = min(start + max(1, self.budget // cost(longest)), max(similar, start + 1))
             if (start, stop) not in self._blocks:
                 self._blocks[start, stop] = self._block(start, stop)
             yield self._blocks[start, stop]

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
 from vcpo.scores.factors import Factor, total_squared_norms
 from vcpo.scores.layers import Rule, rule_for
-from vcpo.scores.layout import Layout
+from vcpo.scores.layout import BUDGET, Layout
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -55,15 +55,17 @@ class ScoreTape:
     Trajectories must be independent of each other, as they are in padded rows and in packed rows whose
     position ids restart. All positions count, prompts too: the score reaches them through attention.
 
-    One forward pass a ``with``: entering again forgets the last one. Non-reentrant gradient checkpointing
+    One forward pass a ``with``, measured once. Non-reentrant gradient checkpointing
     works (the layers' inputs are then kept by the tape), reentrant checkpointing raises.
+
+    ``budget`` bounds the numbers that the temporaries of one layer hold, beyond one trajectory's needs.
 
     Raises UnsupportedLayerError at construction for a module that owns trainable parameters and has no
     rule in :mod:`vcpo.scores.layers`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, *, budget: int = BUDGET) -> None:
+        self._model, self._budget = model, budget
         self._rules: dict[nn.Module, Rule] = {}
         self._names: dict[nn.Module, str] = {}
         self._handles: list[RemovableHandle] = []
@@ -123,21 +125,22 @@ class ScoreTape:
         """
         self._recording = False
         if not objective.requires_grad:
-            raise VcpoError("the objective does not depend on the model: was it computed under no_grad?")
+            raise VcpoError("the objective has no gradient: was it computed under no_grad, or detached?")
         self._check_calls()
-        layout = Layout.of(segments, count)
+        layout = Layout.of(segments, count, self._budget)
         outputs = [use.output for use in self._uses]
         grads = torch.autograd.grad(objective, outputs, retain_graph=retain_graph, allow_unused=True)
         with torch.no_grad():
             gradients = self._gradients(grads, segments.shape)
             self._check_bypass(objective, gradients)
+            self._uses.clear()  # or the tape would keep activations alive through the optimizer's step
             norms = total_squared_norms(gradients.values(), layout)
         return _finite(norms)
 
     def _check_calls(self) -> None:
-        missing = self._names.keys() - {use.module for use in self._uses}
+        called = {use.module for use in self._uses}
         for module in self._names:
-            if module in missing:
+            if module not in called:
                 raise self._unsupported(
                     module, "was not called while the tape ran: call the module itself, or freeze it"
                 )
@@ -166,6 +169,8 @@ class ScoreTape:
                 ) from error
             for name, parameter in _trainable(use.module).items():
                 gradients.setdefault(parameter, []).append(factors[name])
+        if not gradients:
+            raise VcpoError("the objective does not depend on the recorded forward pass: use its own logits")
         return gradients
 
     def _check_bypass(self, objective: Tensor, gradients: Mapping[nn.Parameter, list[Factor]]) -> None:

@@ -1,0 +1,59 @@
+# `make train` and `make test` need nothing else done first. `make` alone lists what there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# uv resolves and installs much faster than pip; it does not read pip's find-links by itself.
+define install
+$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
+&& UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" UV_CONSTRAINT=constraints.txt UV_PYTHON_DOWNLOADS=never \
+   $(BIN)/uv pip install --quiet --python $(BIN)/python -e '$(1)' \
+|| { echo "uv is not to be had or failed: installing with pip, which takes longer" >&2; \
+     $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'; }
+endef
+
+.PHONY: help install train test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## make .venv and install vcpo in it
+
+train: install ## train, evaluate, write the report; make train ARGS="sort --pipeline.lag 4"
+	$(BIN)/vcpo train $(ARGS)
+
+test: $(VENV)/.installed-test ## run the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff (rules and format) and pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+clean: ## remove .venv, caches and builds; runs stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "vcpo needs Python 3.11 or newer as $(PYTHON); or say: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	|| { rm -rf $(VENV); echo "cannot make $(VENV): install Python's venv (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+
+# One stamp for each set of packages: made once, and again when the versions wanted change.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing vcpo into $(VENV)"
+	@$(call install,.)
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need"
+	@$(call install,.[test])
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing what development needs"
+	@$(call install,.[dev])
+	@touch $@

@@ -1,0 +1,282 @@
+"""The ``vcpo`` command: parse, call, print.
+
+Everything heavy is imported inside the command that needs it, so that ``vcpo --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vcpo.errors import ConfigError, VcpoError
+
+OVERRIDABLE = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": ["-h", "--help"],
+}
+"""Settings of a command that takes ``--section.field value``."""
+
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended."""
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeAndSettings = Annotated[
+    list[str] | None, typer.Argument(metavar="RECIPE|--SECTION.FIELD VALUE", hidden=True)
+]
+ModelAndSettings = Annotated[
+    list[str] | None, typer.Argument(metavar="RUN_OR_MODEL|--SECTION.FIELD VALUE", hidden=True)
+]
+
+
+@app.callback(invoke_without_command=True)
+def vcpo(context: typer.Context) -> None:
+    """Stable asynchronous reinforcement learning of language models.
+
+    \b
+    vcpo train                  train a small model on the text maze, 2 CPU cores, minutes
+    vcpo train --dry-run        what that would do, and what it needs
+    vcpo config                 every setting, its value and its meaning
+    vcpo report RUN             the report of a run, as a web page in one file
+    vcpo COMMAND --help         more about a command
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(context_settings=OVERRIDABLE)
+def train(
+    context: typer.Context,
+    arguments: RecipeAndSettings = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Continue this run from its last checkpoint, with its own config."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan (memory, tokens, processes) and stop.")
+    ] = False,
+) -> None:
+    """Train a model by asynchronous RL.
+
+    RECIPE is a TOML file, or a recipe that comes with vcpo (default: maze). The model is evaluated before and
+    after on held-out problems, and a report is written to the run's folder.
+
+    \b
+    vcpo train                                        the maze, with the defaults
+    vcpo train sort --algorithm.name grpo             another recipe, another algorithm
+    vcpo train my.toml --pipeline.lag 8 --run.name a  your recipe, two settings changed
+    vcpo train jsonl --model.name PATH_OR_HUB_ID --environment.path problems.jsonl
+    vcpo train --resume runs/a                        go on after a stop or a crash
+    """
+    from vcpo.config import apply_overrides, load_config
+
+    recipe, overrides = _split(context, arguments)
+    if resume is None:
+        config = load_config(recipe or "maze", overrides)
+    elif recipe is None:
+        config = apply_overrides(load_config(_run_folder(resume) / "config.toml"), overrides)
+    else:
+        raise ConfigError(f"give a recipe or --resume, not both: {resume} has the config it was started with")
+    if dry_run:
+        from vcpo.pipeline.plan import plan_text
+
+        typer.echo(plan_text(config))
+        return
+    from rich.console import Console
+
+    from vcpo.monitor.progress import RichProgress, print_summary
+    from vcpo.runtime import train as run
+
+    with closing(RichProgress()) as progress:
+        summary = run(config, resume=resume, progress=progress)
+    print_summary(summary, Console())
+
+
+@app.command(context_settings=OVERRIDABLE)
+def eval(
+    context: typer.Context,
+    arguments: ModelAndSettings = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems to play.")] = None,
+) -> None:
+    """Measure accuracy on held-out problems.
+
+    RUN_OR_MODEL is a run's folder, or a model's folder or hub id. Accuracy is sampled and greedy.
+
+    \b
+    vcpo eval runs/a --problems 1000                  the model that a run made, on its own environment
+    vcpo eval PATH --environment.kind countdown --environment.size 3
+    """
+    from vcpo.monitor.progress import RichProgress
+    from vcpo.runtime import evaluate
+
+    path, overrides = _split(context, arguments)
+    if path is None:
+        raise ConfigError("name a run folder or a model: vcpo eval RUN_OR_MODEL")
+    with closing(RichProgress()) as progress:
+        figures = evaluate(Path(path), overrides, problems=problems, progress=progress)
+    _print_figures(figures)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+) -> None:
+    """Write a run's report anew.
+
+    RUN/report.html is one file that needs nothing else; it can be written while the run goes on.
+
+    \b
+    vcpo report runs/a
+    """
+    from vcpo.monitor.report import write_report
+
+    typer.echo(write_report(_run_folder(run)))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One algorithm, in full.")] = None,
+) -> None:
+    """List the algorithms, or describe one.
+
+    The description has formula, paper, settings, and departures from the paper.
+
+    \b
+    vcpo methods
+    vcpo methods vcpo
+    """
+    from vcpo.algorithms.catalog import ALGORITHMS, get_algorithm
+
+    if name is not None:
+        typer.echo(get_algorithm(name).describe())
+        return
+    width = max(map(len, ALGORITHMS))
+    for algorithm in ALGORITHMS.values():
+        typer.echo(f"{algorithm.name:{width}}  {algorithm.source}")
+
+
+@app.command(context_settings=OVERRIDABLE)
+def config(context: typer.Context, arguments: RecipeAndSettings = None) -> None:
+    """Print every setting, its value and its meaning.
+
+    The output is TOML and itself a recipe.
+
+    \b
+    vcpo config
+    vcpo config sort --pipeline.lag 8 > my.toml
+    """
+    from vcpo.config import dump_toml, load_config
+
+    recipe, overrides = _split(context, arguments)
+    typer.echo(dump_toml(load_config(recipe or "maze", overrides), explain=True), nl=False)
+
+
+def _split(context: typer.Context, arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """The one plain argument (None if there is none), and the ``--section.field value`` list.
+
+    Raises ConfigError for a second plain argument, an option without a dot, and one without a value.
+    """
+    plain: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments or ())
+    for argument in rest:
+        if not argument.startswith("-"):
+            plain.append(argument)
+            continue
+        _require_setting(context, argument)
+        overrides.append(argument)
+        if "=" not in argument:
+            overrides.append(_value(argument, next(rest, "--")))
+    if len(plain) > 1:
+        raise ConfigError(f"unexpected argument {plain[1]!r}: settings are written --section.field value")
+    return (plain[0] if plain else None), overrides
+
+
+def _value(option: str, following: str) -> str:
+    if following.startswith("--"):
+        raise ConfigError(f"{option} needs a value: {option} VALUE")
+    return following
+
+
+def _require_setting(context: typer.Context, argument: str) -> None:
+    """Options of the command itself never get here, so one without a dot is misspelt."""
+    option = argument.partition("=")[0]
+    if "." in option:
+        return
+    known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+    near = difflib.get_close_matches(option, known, 1)
+    meant = f"did you mean {near[0]}?" if near else f"options are {', '.join(known)} and --section.field"
+    raise ConfigError(f"unknown option {option}; {meant}")
+
+
+def _run_folder(path: Path) -> Path:
+    """``path`` if a run is there; else ConfigError with the nearest run beside it."""
+    if (path / "config.toml").is_file():
+        return path
+    runs = [str(found.parent) for found in path.parent.glob("*/config.toml")]
+    near = difflib.get_close_matches(str(path), runs, 1, cutoff=0.4)
+    meant = f"; did you mean {near[0]}?" if near else "; a run folder has a config.toml"
+    raise ConfigError(f"no run in {str(path)!r}{meant}")
+
+
+def _print_figures(figures: Mapping[str, Any]) -> None:
+    """Name and value, one a line."""
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        typer.echo(f"{name.replace('_', ' '):{width}}  {_figure(value)}")
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_figure, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: runs the command and returns its exit code; whatever goes wrong is one line on stderr.
+
+    ``VCPO_DEBUG=1`` shows the traceback instead.
+    """
+    try:
+        return app(arguments, prog_name="vcpo", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        if _debugging():
+            raise
+        return _fail(*_explain(error))
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Message and exit code."""
+    if isinstance(error, VcpoError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):
+        return error.format_message(), error.exit_code
+    return f"{type(error).__name__}: {error} (not foreseen; VCPO_DEBUG=1 shows where)", VcpoError.exit_code
+
+
+def _debugging() -> bool:
+    return os.environ.get("VCPO_DEBUG", "") not in ("", "0")
+
+
+def _fail(message: str, exit_code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
