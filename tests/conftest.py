@@ -21,16 +21,17 @@ def check_shapes_of(package: str) -> None:
     """Import every module of ``package`` with jaxtyping's and beartype's run-time checks.
 
     The modules import jaxtyping only under ``TYPE_CHECKING``, as it is no run-time dependency; here its
-    names must exist, so the constant is true while they are imported, and while nothing else is.
+    names must exist, so the constant is true while they are imported. What they import from elsewhere
+    comes first, as it should not see that.
     """
-    import beartype  # noqa: F401 (as torch: before the constant is true)
+    import shape_checks  # noqa: F401
     import torch
     from jaxtyping import install_import_hook
 
     torch.set_num_threads(1)
     typing.TYPE_CHECKING = True
     try:
-        with install_import_hook(package, "beartype.beartype"):
+        with install_import_hook(package, "shape_checks.after_the_call"):
             root = importlib.import_module(package)
             for module in pkgutil.walk_packages(root.__path__, f"{package}."):
                 importlib.import_module(module.name)

@@ -9,7 +9,6 @@ import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,14 @@ OVERRIDABLE = {
 """Settings of a command that takes ``--section.field value``."""
 
 INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C ended."""
+"""Exit code of a program that Ctrl-C ended; typer returns it for a KeyboardInterrupt."""
+
+
+class StoppedError(VcpoError):
+    """A run that was asked to stop before its end, and did so in order."""
+
+    exit_code = INTERRUPTED
+
 
 app = typer.Typer(
     add_completion=False,
@@ -100,9 +106,10 @@ def train(
     from vcpo.monitor.progress import RichProgress, print_summary
     from vcpo.runtime import train as run
 
-    with closing(RichProgress()) as progress:
-        summary = run(config, resume=resume, progress=progress)
+    summary = run(config, resume=resume, progress=RichProgress())
     print_summary(summary, Console())
+    if not summary["completed"]:
+        raise StoppedError(f"interrupted; to go on: vcpo train --resume {summary['run_folder']}")
 
 
 @app.command(context_settings=OVERRIDABLE)
@@ -125,9 +132,7 @@ def eval(
     path, overrides = _split(context, arguments)
     if path is None:
         raise ConfigError("name a run folder or a model: vcpo eval RUN_OR_MODEL")
-    with closing(RichProgress()) as progress:
-        figures = evaluate(Path(path), overrides, problems=problems, progress=progress)
-    _print_figures(figures)
+    _print_figures(evaluate(Path(path), overrides, problems=problems, progress=RichProgress()))
 
 
 @app.command()
@@ -251,13 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ``VCPO_DEBUG=1`` shows the traceback instead.
     """
     try:
-        return app(arguments, prog_name="vcpo", standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", INTERRUPTED)
+        code = app(arguments, prog_name="vcpo", standalone_mode=False) or 0
     except Exception as error:
-        if _debugging():
+        if os.environ.get("VCPO_DEBUG", "0") not in ("", "0"):
             raise
         return _fail(*_explain(error))
+    return _fail("interrupted", code) if code == INTERRUPTED else code
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -267,10 +271,6 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, typer.TyperException):
         return error.format_message(), error.exit_code
     return f"{type(error).__name__}: {error} (not foreseen; VCPO_DEBUG=1 shows where)", VcpoError.exit_code
-
-
-def _debugging() -> bool:
-    return os.environ.get("VCPO_DEBUG", "") not in ("", "0")
 
 
 def _fail(message: str, exit_code: int) -> int:

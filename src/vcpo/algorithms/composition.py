@@ -41,6 +41,8 @@ class Update:
     """b of every trajectory."""
     log_weights: Float[Tensor, " B"]
     """Sequence level and never truncated, whatever the algorithm uses: what the ESS is taken of."""
+    used_log_weights: Float[Tensor, " B"] | Float[Tensor, "B T"]
+    """Of the weights that the update uses, truncated; 0 where it uses none."""
     log_ratios: Float[Tensor, "B T"]
     """Of every sampled token, 0 outside the mask."""
     truncated: Bool[Tensor, " B"] | Bool[Tensor, "B T"]
@@ -104,6 +106,7 @@ class Algorithm:
             advantages=advantages,
             baselines=baselines,
             log_weights=ratios.sum(-1),
+            used_log_weights=weights,
             log_ratios=ratios,
             truncated=truncated if clipped is None else clipped,
         )

@@ -44,7 +44,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     given = dict(_pairs(overrides))
     for dotted, text in given.items():
         setting = SETTINGS[dotted]
-        data[setting.section][setting.name] = _from_text(setting, text)
+        data[setting.section][setting.name] = from_text(setting, text)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -66,7 +66,7 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield dotted, value
 
 
-def _from_text(setting: Setting, text: str) -> Any:
+def from_text(setting: Setting, text: str) -> Any:
     """The text itself for all but unset fields and lists: pydantic reads numbers and booleans."""
     if setting.may_be_unset and not text:
         return None

@@ -147,7 +147,7 @@ class LearnerConfig(Section):
 
 class PipelineConfig(Section):
     mode: Literal["async", "exact"] = "async"
-    """async: sampler and learner processes overlap; exact: one process, every rollout ``lag`` versions old."""
+    """async: sampler and learner processes overlap; exact: one process, rollouts ``lag`` versions old."""
     lag: NonNegativeInt = 2
     """Target policy lag S in optimizer steps; 0 is the synchronous loop."""
     window: PositiveInt = 16

@@ -22,6 +22,8 @@ class StepEvidence:
 
     log_weights: Tensor
     """[B] unclipped sequence log importance weights."""
+    used_log_weights: Tensor | None
+    """[B] log of the truncated weights that the update used; None if it weighs tokens one by one."""
     token_log_ratios: Tensor
     """[N] log π − log μ of every sampled token."""
     advantages: Tensor
@@ -36,8 +38,10 @@ class StepEvidence:
     @staticmethod
     def of(parts: Sequence[tuple[Update, Evidence]]) -> StepEvidence:
         norms = [e.squared_score_norms for _, e in parts if e.squared_score_norms is not None]
+        used = [u.used_log_weights for u, _ in parts]
         return StepEvidence(
             log_weights=torch.cat([u.log_weights for u, _ in parts]),
+            used_log_weights=torch.cat(used) if used[0].dim() == 1 else None,
             token_log_ratios=torch.cat([u.log_ratios[e.mask] for u, e in parts]),
             advantages=torch.cat([u.advantages for u, _ in parts]),
             baselines=torch.cat([u.baselines for u, _ in parts]),
@@ -63,6 +67,8 @@ class StepEvidence:
             "baseline_mean": self.baselines.mean(),
             "advantage_std": self.advantages.std(),
         }
+        if self.used_log_weights is not None:
+            figures["ess_ratio_truncated"] = ess_ratio(self.used_log_weights)
         if self.squared_norms is not None:
             norms = self.squared_norms.sqrt()
             figures |= {"score_norm_mean": norms.mean(), "score_norm_max": norms.max()}

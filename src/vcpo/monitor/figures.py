@@ -201,6 +201,7 @@ def lag_histogram(rows: Sequence[Row]) -> Draw:
     def draw(axes: Axes) -> bool:
         if not groups:
             return False
+        axes.set_xlim(min(counts) - 1, max(counts) + 1)  # a single bar keeps whole numbers beside it
         axes.bar(list(counts), [count / groups for count in counts.values()], color=ACCENT, width=0.8)
         axes.set_xlabel("policy lag, steps")
         axes.set_xlim(min(counts) - 0.6, max(counts) + 0.6)

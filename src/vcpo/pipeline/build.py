@@ -44,22 +44,27 @@ def algorithm_of(config: Config) -> Algorithm:
 
 
 def build_environment(config: Config, codec: Codec, context_length: int) -> Environment:
-    environment = environment_class(config.environment.kind)(codec, config.environment)
+    environment: Environment = environment_class(config.environment.kind)(codec, config.environment)
     if isinstance(environment, ContextChecked):
         environment.check_context(context_length)
     return environment
+
+
+def small_alphabet(config: Config) -> str:
+    """The characters that a small model for this environment must know."""
+    kind = environment_class(config.environment.kind)
+    if not isinstance(kind, SmallModelEnvironment):
+        raise ConfigError(
+            f"environment {config.environment.kind!r} has no alphabet() to build a small model for: set model.name"
+        )
+    return kind.alphabet(config.environment)
 
 
 def build_policy(config: Config, listener: WarmStartListener = lambda step, loss: None) -> Policy:
     """The policy a run begins with: a loaded model, or a small one taught the task's format."""
     if config.model.name:
         return load_policy(config.model.name, config.model)
-    kind = environment_class(config.environment.kind)
-    if not isinstance(kind, SmallModelEnvironment):
-        raise ConfigError(
-            f"environment {config.environment.kind!r} has no alphabet() to build a small model for: set model.name"
-        )
-    policy = small_policy(config.model, kind.alphabet(config.environment), config.run.seed)
+    policy = small_policy(config.model, small_alphabet(config), config.run.seed)
     environment = build_environment(config, policy.codec, policy.context_length)
     if not config.warm_start.steps or not isinstance(environment, DemonstratingEnvironment):
         return policy
@@ -115,10 +120,16 @@ def _cache_folder(config: Config, environment: DemonstratingEnvironment) -> Path
         "version": __version__,
         "seed": config.run.seed,
         "demonstrations": sample,
-        **{part: getattr(config, part).model_dump(mode="json") for part in ("model", "warm_start", "environment")},
+        **{
+            part: getattr(config, part).model_dump(mode="json")
+            for part in ("model", "warm_start", "environment")
+        },
     }
     key = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
-    root = os.environ.get("VCPO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcpo"
+    root = (
+        os.environ.get("VCPO_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcpo"
+    )
     return Path(root) / "warm-start" / key
 
 

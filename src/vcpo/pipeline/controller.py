@@ -136,6 +136,7 @@ class Controller:
         self._outstanding: dict[str, set[int]] = {s.name: set() for s in self.samplers}
         self._arrived = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._broken: Exception | None = None
         self._published: asyncio.Future[Any] | None = None
         self._begun = time.perf_counter()
         self._last_accuracy: dict[str, float] = {}
@@ -148,9 +149,13 @@ class Controller:
         self._arrived.set()
 
     async def collect(self) -> None:
-        """Journal groups as they arrive. Never ends by itself."""
-        while True:
-            self._keep([await self.arrivals.get()])
+        """Journal groups as they arrive. Never ends by itself; an error of it (a full disk) ends ``run``."""
+        try:
+            while True:
+                self._keep([await self.arrivals.get()])
+        except Exception as error:  # nobody awaits this task before the end of the run
+            self._broken = error
+            self._arrived.set()
 
     def _keep(self, batch: list[tuple[str, int, bytes]]) -> None:
         """Journal ``batch`` and whatever else has arrived."""
@@ -211,6 +216,8 @@ class Controller:
         """Wait until a step's groups can be taken; None if stopped."""
         begun = time.perf_counter()
         while not self._stopped.is_set():
+            if self._broken is not None:
+                raise self._broken
             self._arrived.clear()
             if (taken := self.window.take()) is not None:
                 return taken, time.perf_counter() - begun
@@ -240,7 +247,9 @@ class Controller:
     def _record_of(self, number: int) -> bytes:
         record = self.journal.read(number)
         if record is None:
-            raise CheckpointError(f"group {number} is missing from the journal: was the run folder changed by hand?")
+            raise CheckpointError(
+                f"group {number} is missing from the journal: was the run folder changed by hand?"
+            )
         return record
 
     async def _publish(self, publication: Publication) -> None:
@@ -301,9 +310,10 @@ class Controller:
         return bool(every) and self.version % every == 0
 
     def _silence(self) -> str:
-        busy = ", ".join(f"{name} ({len(numbers)} groups)" for name, numbers in self._outstanding.items() if numbers)
+        busy = ", ".join(
+            f"{name} ({len(numbers)} groups)" for name, numbers in self._outstanding.items() if numbers
+        )
         return (
             f"no group finished within {self.config.runtime.timeout_seconds:g} s (runtime.timeout_seconds); "
             f"waiting for {busy or 'nobody: the window is empty'}"
         )
-

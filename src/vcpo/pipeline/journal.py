@@ -8,8 +8,9 @@ no resume can ask for them.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 from vcpo.errors import CheckpointError
@@ -20,39 +21,52 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
+        with self._reported():
             self._database = sqlite3.connect(path, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS groups (number INTEGER PRIMARY KEY, step INTEGER, record BLOB NOT NULL)"
             )
-        except sqlite3.Error as error:
-            raise CheckpointError(f"cannot open the journal {path}: {error}") from error
 
     def append(self, records: Iterable[tuple[int, bytes]]) -> None:
         """Keep finished groups; one that is there already stays as it is."""
-        with self._database:
-            self._database.execute("BEGIN")
-            self._database.executemany("INSERT OR IGNORE INTO groups (number, record) VALUES (?, ?)", records)
+        with self._transaction() as database:
+            database.executemany("INSERT OR IGNORE INTO groups (number, record) VALUES (?, ?)", records)
 
     def mark(self, numbers: Sequence[int], step: int) -> None:
         """Groups ``numbers`` are trained on in ``step`` (the step that makes version ``step`` + 1)."""
-        with self._database:
-            self._database.execute("BEGIN")
-            self._database.executemany("UPDATE groups SET step = ? WHERE number = ?", [(step, n) for n in numbers])
+        with self._transaction() as database:
+            database.executemany("UPDATE groups SET step = ? WHERE number = ?", [(step, n) for n in numbers])
 
     def forget_before(self, step: int) -> None:
         """A checkpoint of version ``step`` is safe: groups used before it are not needed any more."""
-        self._database.execute("DELETE FROM groups WHERE step < ?", (step,))
+        with self._transaction() as database:
+            database.execute("DELETE FROM groups WHERE step < ?", (step,))
 
     def rewind(self, step: int) -> None:
         """The learner is back at version ``step``: later marks did not happen."""
-        self._database.execute("UPDATE groups SET step = NULL WHERE step >= ?", (step,))
+        with self._transaction() as database:
+            database.execute("UPDATE groups SET step = NULL WHERE step >= ?", (step,))
 
     def read(self, number: int) -> bytes | None:
-        row = self._database.execute("SELECT record FROM groups WHERE number = ?", (number,)).fetchone()
+        with self._reported():
+            row = self._database.execute("SELECT record FROM groups WHERE number = ?", (number,)).fetchone()
         return None if row is None else row[0]
 
     def close(self) -> None:
         self._database.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection]:
+        with self._reported(), self._database:
+            self._database.execute("BEGIN")
+            yield self._database
+
+    @contextlib.contextmanager
+    def _reported(self) -> Generator[None]:
+        """A full disk or a broken file, under a name of our own."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise CheckpointError(f"cannot use the journal {self._path}: {error}") from error

@@ -1,9 +1,10 @@
 """Rollout loops: play the episodes of a group, many at once, whatever the environment does.
 
-An environment that raises or takes too long costs its own episode: it is logged, retried once with other
-random numbers, and then recorded as failed: reward 0, no tokens to train on. Code that blocks (a loop without ``await``, a blocking read) would stop every episode of the process;
-it is interrupted by an alarm signal after the same time. Errors of the sampler are nobody's episode: they
-end the run.
+An environment that raises, takes too long or returns something that is no reward costs its own episode: it
+is logged, retried once with other random numbers, and then recorded as failed: reward 0, no tokens to
+train on. Code that blocks (a loop without ``await``, a blocking read) would stop every episode of the
+process; it is interrupted by an alarm signal after the same time, and the time that it blocked is not
+charged to the other episodes. Errors of the sampler are nobody's episode: they end the run.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import threading
 import time
-from collections.abc import Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from vcpo.environments.protocol import Environment, Episode, Problem, Split
+from vcpo.environments.protocol import Environment, Episode, FiniteEnvironment, Problem, Split
 from vcpo.errors import EnvironmentFailure, VcpoError
 from vcpo.samplers.protocol import Sampler
 from vcpo.samplers.random import derive_seed
@@ -30,6 +33,8 @@ from vcpo.trajectory import Group, Trajectory
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 2
+BLOCKING_SECONDS = 0.1
+"""An environment that runs this long without ``await`` has blocked the others (asyncio's own threshold)."""
 _T = TypeVar("_T")
 
 
@@ -59,6 +64,8 @@ class RolloutLoop:
         self._environment, self._sampler = environment, sampler
         self._group_size, self._seed, self._end_id = group_size, seed, end_id
         self._timeout = timeout_seconds
+        self._limits: set[asyncio.Timeout] = set()
+        """Time limits of the episodes in flight."""
         self._sessions = 0
 
     async def play_group(self, order: GroupOrder) -> Group:
@@ -66,7 +73,8 @@ class RolloutLoop:
         begun = time.perf_counter()
         problem = self.training_problem(order.index)
         trajectories = await gather_all(
-            self._play(problem, derive_seed(self._seed, order.index, member)) for member in range(self._group_size)
+            self._play(problem, derive_seed(self._seed, order.index, member))
+            for member in range(self._group_size)
         )
         return Group(
             index=order.index,
@@ -80,7 +88,10 @@ class RolloutLoop:
         return await gather_all(self.play_group(order) for order in orders)
 
     async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[Trajectory]:
-        """Play ``count`` held-out problems once each; the same random numbers every time."""
+        """Play ``count`` held-out problems once each, as far as there are so many; the same random numbers
+        every time."""
+        if isinstance(self._environment, FiniteEnvironment):
+            count = max(0, min(count, self._environment.problem_count("held_out") - first))
         return await gather_all(
             self._play(self._problem(i, "held_out"), derive_seed(self._seed, -1, i), greedy=greedy)
             for i in range(first, first + count)
@@ -113,21 +124,64 @@ class RolloutLoop:
                 greedy=greedy,
             )
             try:
-                async with asyncio.timeout(self._timeout):
-                    reward = await _Guarded(self._environment.play(problem, episode), self._timeout)
-                return episode.trajectory(reward)
-            except Exception as error:
-                if isinstance(error, VcpoError) and not isinstance(error, EnvironmentFailure):
+                return await self._attempt(problem, episode)
+            except BaseException as error:
+                if not _costs_its_episode(error):
                     raise
-                took_too_long = isinstance(error, TimeoutError)
-                note = f"took longer than {self._timeout:g} s" if took_too_long else f"{type(error).__name__}: {error}"
-                log.warning("episode of problem %d failed (attempt %d of %d): %s", problem.index, attempt + 1, ATTEMPTS, note)
+                note = f"{type(error).__name__}: {error}"
+                if isinstance(error, EnvironmentFailure):
+                    note = str(error)
+                which = f"attempt {attempt + 1} of {ATTEMPTS}"
+                log.warning("episode of problem %d failed (%s): %s", problem.index, which, note)
             finally:
                 self._sampler.release(session)
-        return _failed(problem, note)
+        return _failed(note)
+
+    async def _attempt(self, problem: Problem, episode: Episode) -> Trajectory:
+        try:
+            async with asyncio.timeout(self._timeout) as limit:
+                self._limits.add(limit)
+                try:
+                    play = self._environment.play(problem, episode)
+                    reward = await _Guarded(play, self._timeout, partial(self._excuse, limit))
+                finally:
+                    self._limits.discard(limit)
+        except TimeoutError:
+            if limit.expired():
+                raise EnvironmentFailure(f"took longer than {self._timeout:g} s") from None
+            raise
+        return episode.trajectory(_checked(reward))
+
+    def _excuse(self, own: asyncio.Timeout, blocked: float) -> None:
+        """An episode blocked the event loop: put off the time limits of the others."""
+        for limit in self._limits - {own}:
+            if (when := limit.when()) is not None and not limit.expired():
+                limit.reschedule(when + blocked)
 
 
-def _failed(problem: Problem, note: str) -> Trajectory:
+def _costs_its_episode(error: BaseException) -> bool:
+    """False for what ends the run: an error of the sampler, or a cancellation from outside. An environment
+    that cancels something of its own, or exits, costs its episode like one that raises."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    if isinstance(error, VcpoError):
+        return isinstance(error, EnvironmentFailure)
+    return isinstance(error, Exception | SystemExit)
+
+
+def _checked(reward: Any) -> float:
+    """``reward`` as a finite float, or EnvironmentFailure."""
+    try:
+        number = float(reward)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise EnvironmentFailure(f"the environment's reward is {reward!r}, not a finite number")
+    return number
+
+
+def _failed(note: str) -> Trajectory:
     """The record of an episode that failed twice: nothing sampled, reward 0."""
     empty = np.zeros(0)
     return Trajectory(
@@ -157,21 +211,28 @@ class _Guarded:
     """Awaits a coroutine, and interrupts any stretch of it that blocks the event loop for too long.
 
     Works where signals can be received (the main thread); elsewhere only ``asyncio.timeout`` protects.
+    ``on_blocked`` hears how long each stretch took that blocked the others.
     """
 
-    def __init__(self, coroutine: Coroutine[Any, Any, float], seconds: float) -> None:
-        self._coroutine, self._seconds = coroutine, seconds
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, float], seconds: float, on_blocked: Callable[[float], None]
+    ) -> None:
+        self._coroutine, self._seconds, self._on_blocked = coroutine, seconds, on_blocked
 
     def __await__(self) -> Generator[Any, Any, float]:
         # Python's own rules of delegation (PEP 380) between the event loop and the environment's coroutine.
         value: Any = None
         thrown: BaseException | None = None
         while True:
+            begun = time.perf_counter()
             try:
                 with _alarm(self._seconds):
                     waiting = self._coroutine.send(value) if thrown is None else self._coroutine.throw(thrown)
             except StopIteration as stop:
                 return stop.value
+            finally:
+                if (blocked := time.perf_counter() - begun) > BLOCKING_SECONDS:
+                    self._on_blocked(blocked)
             value, thrown = None, None
             try:
                 value = yield waiting
@@ -186,7 +247,8 @@ def _alarm(seconds: float) -> Generator[None]:
         return
     if signal.getsignal(signal.SIGALRM) is not _on_alarm:
         signal.signal(signal.SIGALRM, _on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again, for code that catches whatever is raised in it.
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
@@ -194,4 +256,4 @@ def _alarm(seconds: float) -> Generator[None]:
 
 
 def _on_alarm(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError("the environment blocked the event loop")
+    raise EnvironmentFailure("blocked the event loop for longer than environment.timeout_seconds")

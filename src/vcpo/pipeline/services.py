@@ -34,18 +34,25 @@ class LearnerService:
         self._learner: Learner
 
     def begin(self, *, resume: bool, listener: WarmStartListener = lambda step, loss: None) -> Begun:
-        source = self._config.model.name or str(self._run_folder / "initial_model")
-        if resume and not self._config.model.name:
+        initial = self._run_folder / "initial_model"
+        source = self._config.model.name or str(initial)
+        if resume and not self._config.model.name and initial.exists():
             self._policy = load_policy(source, self._config.model)
         else:
             self._policy = build_policy(self._config, listener)
             if not self._config.model.name:
-                self._policy.save(Path(source))
+                self._save_whole(initial)
         self._learner = build_learner(self._config, self._policy)
         checkpoint = latest_checkpoint(self._run_folder) if resume else None
         state = load_checkpoint(checkpoint, self._learner) if checkpoint else {}
         parameters = sum(p.numel() for p in self._policy.model.parameters())
         return Begun(self._learner.version, source, state.get("position", {}), parameters)
+
+    def _save_whole(self, folder: Path) -> None:
+        """Save so that a run killed meanwhile leaves the whole folder or none of it."""
+        partial = folder.with_name(f".partial-{folder.name}")
+        self._policy.save(partial)
+        partial.rename(folder)
 
     def step(self, records: Sequence[bytes]) -> dict[str, Any]:
         return self._learner.step([Group.from_bytes(record) for record in records])
@@ -70,10 +77,13 @@ class RolloutService:
         self._config = config
         self._loop: RolloutLoop
         self._sampler: LocalSampler
+
     def begin(self, policy: str | Policy) -> None:
         """Load the policy from where the learner says, or take a copy of one in this process."""
         if isinstance(policy, Policy):
-            replica = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.context_length, policy.name)
+            replica = Policy(
+                copy.deepcopy(policy.model), policy.tokenizer, policy.context_length, policy.name
+            )
         else:
             replica = load_policy(policy, self._config.model)
         self._loop, self._sampler = build_rollout_loop(self._config, replica)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vcpo.config import Config
 from vcpo.monitor.progress import Progress
-from vcpo.monitor.sinks import MetricsWriter, read_metrics
+from vcpo.monitor.sinks import METRICS_FILE, MetricsWriter, read_metrics
 from vcpo.monitor.statistics import run_totals, total
 from vcpo.pipeline.controller import Arrivals, Begun, Controller, LearnerPort, Publication, SamplerPort
 from vcpo.pipeline.evaluation import success_figures
@@ -33,7 +33,9 @@ class Parts:
     """``time.perf_counter()`` when the command began."""
 
 
-def make_controller(config: Config, run: RunFolder, parts: Parts, writer: MetricsWriter, progress: Progress) -> Controller:
+def make_controller(
+    config: Config, run: RunFolder, parts: Parts, writer: MetricsWriter, progress: Progress
+) -> Controller:
     """A controller that goes on where the learner's checkpoint says."""
     journal = Journal(run.journal)
     journal.rewind(parts.begun.version)
@@ -78,7 +80,7 @@ async def train_session(
             progress.phase("training", max(steps_left, 0))
             completed = await controller.run()
             if not completed:
-                return {"completed": False, "steps": controller.version, "run_folder": str(run.path)}
+                return interrupted_summary(run)
             progress.phase("evaluation after", None)
             after = await _evaluation(controller, "after")
             await parts.learner.export(run.model)
@@ -90,12 +92,18 @@ async def train_session(
     return summary
 
 
+def interrupted_summary(run: RunFolder) -> dict[str, Any]:
+    """What there is to say about a run that was stopped, wherever that was."""
+    rows = read_metrics(run.path) if (run.path / METRICS_FILE).exists() else []
+    return {"completed": False, "steps": rows[-1]["step"] if rows else 0, "run_folder": str(run.path)}
+
+
 async def _evaluation(controller: Controller, when: str) -> dict[str, Any]:
     """Sampled and greedy accuracy on held-out problems with 95 % intervals."""
-    figures: dict[str, Any] = {"held_out_problems": controller.config.evaluation.final_problems}
+    figures: dict[str, Any] = {}
     for name, greedy in (("accuracy", False), ("greedy_accuracy", True)):
         rewards = await controller.evaluate(controller.config.evaluation.final_problems, greedy=greedy)
-        figures |= success_figures(f"{name}_{when}", rewards)
+        figures |= success_figures(f"{name}_{when}", rewards) | {"held_out_problems": len(rewards)}
     return figures
 
 

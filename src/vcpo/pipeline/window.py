@@ -40,7 +40,9 @@ def lag_bound(lag: int, window: int, prompts: int) -> int:
 class Window:
     """The bookkeeping of admission and taking; knows numbers of groups, not groups."""
 
-    def __init__(self, prompts: int, lag: int, window: int, *, anchor: int = 0, trained: Iterable[int] = ()) -> None:
+    def __init__(
+        self, prompts: int, lag: int, window: int, *, anchor: int = 0, trained: Iterable[int] = ()
+    ) -> None:
         """``anchor`` and ``trained`` resume a run: every group below ``anchor`` and each of ``trained`` is done."""
         self._prompts, self._lag, self._width = prompts, lag, window
         self._anchor = self._next = anchor

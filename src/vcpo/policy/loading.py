@@ -33,10 +33,9 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-def small_policy(config: ModelConfig, alphabet: str, seed: int) -> Policy:
-    """A freshly initialised Llama with an untied head and a character tokenizer for ``alphabet``."""
-    tokenizer = character_tokenizer(alphabet)
-    llama = LlamaConfig(
+def small_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """The small Llama; its head is untied."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -50,9 +49,14 @@ def small_policy(config: ModelConfig, alphabet: str, seed: int) -> Policy:
         bos_token_id=None,
         attn_implementation="sdpa",
     )
+
+
+def small_policy(config: ModelConfig, alphabet: str, seed: int) -> Policy:
+    """A freshly initialised small Llama with a character tokenizer for ``alphabet``."""
+    tokenizer = character_tokenizer(alphabet)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(llama)
+        model = LlamaForCausalLM(small_architecture(config, tokenizer))
     return Policy(_place(model, config), tokenizer, config.context_length)
 
 

@@ -32,10 +32,14 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     own = weight_tensors(model)
     if own.keys() != weights.keys():
         different = sorted(own.keys() ^ weights.keys())
-        raise ModelError(f"weights are of another model: {different[0]} is in only one of the two ({len(different)} differ)")
-    for name, tensor in own.items():
+        raise ModelError(
+            f"weights are of another model: {different[0]} is in only one of the two ({len(different)} differ)"
+        )
+    for name, tensor in own.items():  # all of them before the first is copied: half an update serves nobody
         if tensor.shape != weights[name].shape:
-            raise ModelError(f"weights are of another model: {name} has shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}")
+            theirs, ours = tuple(weights[name].shape), tuple(tensor.shape)
+            raise ModelError(f"weights are of another model: {name} has shape {theirs}, not {ours}")
+    for name, tensor in own.items():
         tensor.copy_(weights[name])
 
 

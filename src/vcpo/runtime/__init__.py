@@ -38,7 +38,11 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
 
 
 def evaluate(
-    path: Path, overrides: Sequence[str] = (), *, problems: int | None = None, progress: Progress | None = None
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    problems: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a run or a model on held-out problems: see :mod:`vcpo.runtime.evaluation`."""
     from vcpo.runtime.evaluation import evaluate_path

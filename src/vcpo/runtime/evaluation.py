@@ -20,13 +20,17 @@ from vcpo.policy.weights import read_weights
 DEFAULT_RECIPE = Path("maze")
 
 
-async def evaluate_inline(config: Config, policy: str, checkpoint: Path | None, progress: Progress) -> dict[str, Any]:
+async def evaluate_inline(
+    config: Config, policy: str, checkpoint: Path | None, progress: Progress
+) -> dict[str, Any]:
     """Sampled and greedy accuracy with 95 % intervals; ``checkpoint``'s weights replace the policy's."""
     torch.set_num_threads(config.runtime.threads)
     service = RolloutService(config)
     service.begin(policy)
     if checkpoint is not None:
-        await service.publish(read_state(checkpoint)["step"], read_weights(checkpoint / "weights.safetensors"))
+        await service.publish(
+            read_state(checkpoint)["step"], read_weights(checkpoint / "weights.safetensors")
+        )
     figures: dict[str, Any] = {}
     for name, greedy in (("accuracy", False), ("greedy_accuracy", True)):
         progress.phase(f"evaluating: {'greedy' if greedy else 'sampled'}", None)
@@ -36,7 +40,9 @@ async def evaluate_inline(config: Config, policy: str, checkpoint: Path | None, 
     return figures
 
 
-def evaluate_path(path: Path, overrides: Sequence[str], problems: int | None, progress: Progress) -> dict[str, Any]:
+def evaluate_path(
+    path: Path, overrides: Sequence[str], problems: int | None, progress: Progress
+) -> dict[str, Any]:
     """``path``: a run folder (its final model, or the newest checkpoint of one that did not end), or a model."""
     extra = ["--evaluation.final_problems", str(problems)] if problems is not None else []
     if not (path / "config.toml").exists():
@@ -48,6 +54,8 @@ def evaluate_path(path: Path, overrides: Sequence[str], problems: int | None, pr
     else:
         policy, checkpoint = config.model.name or str(path / "initial_model"), latest_checkpoint(path)
         if checkpoint is None:
-            raise CheckpointError(f"{path} has neither a final model nor a checkpoint: there is nothing to evaluate")
+            raise CheckpointError(
+                f"{path} has neither a final model nor a checkpoint: there is nothing to evaluate"
+            )
     source = checkpoint or policy
     return {"model": str(source), **asyncio.run(evaluate_inline(config, policy, checkpoint, progress))}

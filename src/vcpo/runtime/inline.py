@@ -18,12 +18,12 @@ import torch
 
 from vcpo.config import Config
 from vcpo.monitor.progress import Progress
-from vcpo.pipeline.controller import Arrivals, Publication, StepResult
+from vcpo.pipeline.controller import Arrivals, Controller, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.services import LearnerService, RolloutService
-from vcpo.pipeline.session import Parts, train_session
-from vcpo.runtime.interrupts import stop_on_signals
+from vcpo.pipeline.session import Parts, interrupted_summary, train_session
+from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
 
 
 class InlineLearner:
@@ -38,7 +38,9 @@ class InlineLearner:
 
     def publication(self) -> Publication:
         version, weights, checksum = self._service.weights()
-        frozen = {name: tensor.clone() for name, tensor in weights.items()}  # the next step changes the learner's
+        frozen = {
+            name: tensor.clone() for name, tensor in weights.items()
+        }  # the next step changes the learner's
         return Publication(version, checksum, frozen)
 
     async def checkpoint(self, position: dict[str, Any]) -> None:
@@ -62,13 +64,17 @@ class InlineSampler:
         return self._service.busy_seconds
 
     def publish(self, publication: Publication) -> Awaitable[str]:
-        self._publication = asyncio.ensure_future(self._service.publish(publication.version, publication.source))
+        self._publication = asyncio.ensure_future(
+            self._service.publish(publication.version, publication.source)
+        )
         return self._publication
 
     async def order(self, orders: Sequence[GroupOrder]) -> None:
         if self._publication is not None:
             await self._publication
-        await self._service.play(orders, lambda number, record: self._arrivals.put_nowait((self.name, number, record)))
+        await self._service.play(
+            orders, lambda number, record: self._arrivals.put_nowait((self.name, number, record))
+        )
 
     async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
         return await self._service.evaluate(first, count, greedy=greedy)
@@ -89,8 +95,17 @@ def train_inline(config: Config, run: RunFolder, progress: Progress, *, resume: 
         learner = InlineLearner(learner_service)
         samplers = [InlineSampler(rollout_service, arrivals)]
         parts = Parts(learner, samplers, arrivals, begun, learner.publication(), begun_at)
+
+        def on_controller(controller: Controller) -> None:
+            stop_on_signals(lambda: stop_in_order(controller, training))
+
+        training = asyncio.ensure_future(train_session(config, run, parts, progress, on_controller))
         try:
-            return await train_session(config, run, parts, progress, lambda c: stop_on_signals(c.stop))
+            return await training
+        except asyncio.CancelledError:
+            if not training.cancelled():
+                raise
+            return interrupted_summary(run)
         finally:
             await rollout_service.close()
 

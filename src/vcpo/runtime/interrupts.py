@@ -6,6 +6,21 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
+
+from vcpo.pipeline.controller import Controller
+
+STOP_SECONDS = 3.0
+"""After Ctrl-C: time for the step in progress and a checkpoint; then the run is ended where it stands."""
+
+
+def stop_in_order(controller: Controller | None, training: asyncio.Task[Any]) -> None:
+    """Let the controller end by itself if there is one; end it anyway soon after."""
+    if controller is None:
+        training.cancel()
+        return
+    controller.stop()
+    asyncio.get_running_loop().call_later(STOP_SECONDS, training.cancel)
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:

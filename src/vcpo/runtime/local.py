@@ -35,12 +35,10 @@ from vcpo.monitor.progress import Progress
 from vcpo.pipeline.controller import Arrivals, Begun, Controller, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
-from vcpo.pipeline.session import Parts, train_session
+from vcpo.pipeline.session import Parts, interrupted_summary, train_session
 from vcpo.runtime.channel import Channel, ChannelClosed, Frame, join_records
-from vcpo.runtime.interrupts import stop_on_signals
+from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
 
-STOP_SECONDS = 3.0
-"""After Ctrl-C: time for the step in progress and a checkpoint before the workers are ended."""
 EXIT_SECONDS = 1.0
 
 EventListener = Callable[[dict[str, Any], bytes], None]
@@ -49,7 +47,9 @@ EventListener = Callable[[dict[str, Any], bytes], None]
 class WorkerProcess:
     """A child process and the channel to it."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, channel: Channel, log: Path, timeout: float) -> None:
+    def __init__(
+        self, name: str, process: asyncio.subprocess.Process, channel: Channel, log: Path, timeout: float
+    ) -> None:
         self.name = name
         self._process, self._channel, self._log, self._timeout = process, channel, log, timeout
         self._replies: dict[int, asyncio.Future[Frame]] = {}
@@ -119,7 +119,8 @@ class WorkerProcess:
     def _error(self, header: dict[str, Any]) -> VcpoError:
         kind = getattr(errors, header["error"], WorkerError)
         error = VcpoError.__new__(kind)  # the message is complete: not every class is made from one string
-        Exception.__init__(error, f"{self.name}: {header['message']}" if kind is WorkerError else header["message"])
+        unforeseen = f"{self.name}: {header['message']}; see {self._log}"
+        Exception.__init__(error, unforeseen if kind is WorkerError else header["message"])
         return error
 
     async def end(self) -> None:
@@ -208,13 +209,13 @@ class _Run:
             learner = await self._start("learner", "learner")
             samplers = [await self._start("sampler", name) for name in names]
             training = asyncio.ensure_future(self._train(learner, samplers))
-            stop_on_signals(lambda: self._stop(training))
+            stop_on_signals(lambda: stop_in_order(self._controller, training))
             try:
                 return await _unless([w.watch() for w in self._workers], training)
             except asyncio.CancelledError:
                 if not training.cancelled():
                     raise
-                return {"completed": False, "steps": 0, "run_folder": str(self._run.path)}
+                return interrupted_summary(self._run)
         finally:
             await asyncio.gather(*(w.end() for w in self._workers))
             if self._transfer is not None:
@@ -224,14 +225,6 @@ class _Run:
         worker = await WorkerProcess.start(role, name, self._config, self._run.logs)
         self._workers.append(worker)
         return worker
-
-    def _stop(self, training: asyncio.Task[Any]) -> None:
-        """Let the controller end in order if it can; end it anyway soon after."""
-        if self._controller is None:
-            training.cancel()
-            return
-        self._controller.stop()
-        asyncio.get_running_loop().call_later(STOP_SECONDS, training.cancel)
 
     async def _train(self, learner: WorkerProcess, samplers: list[WorkerProcess]) -> dict[str, Any]:
         config, progress = self._config, self._progress

@@ -128,6 +128,8 @@ class LocalSampler:
     ) -> Completion:
         if not tokens:
             raise VcpoError("cannot continue an empty sequence: show the model a prompt first")
+        if max_tokens < 1:
+            raise VcpoError(f"max_tokens is {max_tokens}: ask for at least one token")
         if len(tokens) + max_tokens > self._context_length:
             raise VcpoError(
                 f"{len(tokens)} + {max_tokens} tokens do not fit in the context of {self._context_length}"
@@ -167,17 +169,23 @@ class LocalSampler:
 
     async def update(self, version: int, weights: Weights) -> str:
         if self._config.update == "drain":
-            self._draining = True
-            self._drained.clear()
-            self._check_drained()
-            await self._drained.wait()
-            self._draining = False
+            await self._drain()
         load_weights(self._model, weights)
         self._version = version
         for owner in self._owners():
             owner.cached = 0
         self._wake.set()
         return checksum(weight_tensors(self._model))
+
+    async def _drain(self) -> None:
+        self._draining = True
+        self._drained.clear()
+        self._check_drained()
+        try:
+            await self._drained.wait()
+        finally:  # given up: new sessions must not wait for ever
+            self._draining = False
+            self._wake.set()
 
     async def close(self) -> None:
         """Stop decoding; calls still waiting are cancelled."""
@@ -206,6 +214,7 @@ class LocalSampler:
                 await asyncio.sleep(0)  # episodes whose turn ended take their next one
         except Exception as error:  # every caller must hear of it: nobody else awaits this task
             for request in [*self._active, *self._waiting]:
+                request.session.cached = 0  # what the failed forward should have written may be missing
                 if not request.done.done():
                     request.done.set_exception(error)
             self._active.clear()
@@ -313,9 +322,12 @@ class LocalSampler:
             follower.session.cached = seen
 
     def _sample(self, requests: list[_Request], logits: Tensor) -> None:
-        """Draw one token for each request from softmax(logits), by inversion of the cumulative distribution."""
+        """Draw one token for each request from softmax(logits), by inversion of the cumulative distribution.
+
+        In float64: in float32 a number near 1 would become 1 and draw the last token, however improbable.
+        """
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        cumulative = log_probs.exp().cumsum(-1)
+        cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
         if not bool(cumulative[:, -1].isfinite().all()):
             raise NonFiniteError(
                 "logits", None, f"policy version {self._version} is broken; train with a lower learning rate"
@@ -371,10 +383,7 @@ def _attention_masks(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tenso
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
-    unsupported = kinds - {"full_attention", "sliding_attention"}
-    if unsupported or getattr(model, "_is_stateful", False):
-        what = ", ".join(sorted(unsupported)) or "recurrent state"
-        raise ModelError(f"the local sampler cannot decode {type(model).__name__}: it has {what}, not plain attention")
+    _check_decodable(model, kinds)
 
     def sliding(visible: Tensor, positions: Tensor) -> Tensor:
         columns = torch.arange(visible.shape[-1], device=visible.device)
@@ -388,3 +397,18 @@ def _attention_masks(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tenso
     if window and "full_attention" not in kinds:
         return sliding
     return lambda visible, positions: visible
+
+
+def _check_decodable(model: PreTrainedModel, layer_kinds: set[str]) -> None:
+    """Refuse what would be decoded wrongly without a word."""
+    unsupported = sorted(layer_kinds - {"full_attention", "sliding_attention"})
+    attention = model.config._attn_implementation
+    if unsupported or getattr(model, "_is_stateful", False):
+        problem = f"it has {', '.join(unsupported) or 'recurrent state'}, not plain attention"
+    elif "position_ids" not in inspect.signature(model.forward).parameters:
+        problem = "it takes no position_ids"
+    elif attention != "sdpa":
+        problem = f"its attention is {attention}: load it with attn_implementation='sdpa'"
+    else:
+        return
+    raise ModelError(f"the local sampler cannot decode {type(model).__name__}: {problem}")

@@ -108,7 +108,7 @@ def _outer_norms(rows: Sequence[Tensor], columns: Tensor, layout: Layout) -> Ten
     norms = layout.zeros(columns)
     for block in layout.blocks(cost):
         form = _ghost_norms if ghost(block.index.shape[1]) else _formed_norms
-        norms[block.members] = form((block.gather(s) for s in slices), block.gather(columns))
+        norms[block.members] = form((block.gather(s) for s in slices), block.gather_padded(columns))
     return norms
 
 
@@ -129,7 +129,7 @@ def _inner_products(one: Outer | Lookup, other: Outer | Lookup, layout: Layout) 
     width = max(v.shape[-1] for use in (one, other) for v in vars(use).values() if v.dim() == 2)
     products = layout.zeros(one.columns)
     for block in layout.blocks(lambda length: 2 * length * (width + length)):
-        columns = block.gather(one.columns) @ block.gather(other.columns).mT
+        columns = block.gather_padded(one.columns) @ block.gather_padded(other.columns).mT
         products[block.members] = (columns * _row_kernel(one, other, block)).sum((1, 2))
     return products
 

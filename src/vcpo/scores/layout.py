@@ -42,14 +42,19 @@ class Block:
     """First position, if the block is one unbroken run of positions: then nothing need be copied."""
 
     def gather(self, values: Float[Tensor, "P d"]) -> Float[Tensor, "n T d"]:
-        """The trajectories' rows of ``values``, zero where padded."""
+        """The trajectories' rows of ``values``; padding repeats a row of the same trajectory."""
         if self.start is not None:
             rows = values[self.start : self.start + self.index.numel()]
         else:
             rows = values.index_select(0, self.index.flatten())
-            if len(self.padding):
-                rows.index_fill_(0, self.padding, 0)
         return precise(rows).view(*self.index.shape, -1)
+
+    def gather_padded(self, values: Float[Tensor, "P d"]) -> Float[Tensor, "n T d"]:
+        """The same with zeros as padding: enough for one factor of a product."""
+        rows = self.gather(values)
+        if len(self.padding):
+            rows.flatten(0, 1).index_fill_(0, self.padding, 0)
+        return rows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""``vcpo train --dry-run``: what a run would do, from its config alone. No weight is loaded or made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vcpo.config import Config
+from vcpo.errors import ModelError
+from vcpo.pipeline.build import algorithm_of, small_alphabet
+from vcpo.pipeline.session import window_width
+from vcpo.pipeline.window import lag_bound
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What memory estimates need to know of a model."""
+
+    parameters: int
+    layers: int
+    key_value_width: int
+    """Elements of keys plus values, of one token in one layer."""
+    context_length: int
+
+
+def plan_text(config: Config) -> str:
+    """The resolved plan for people: processes, memory, tokens, bounds."""
+    size = _model_size(config)
+    rows = [
+        ("environment", config.environment.kind),
+        (
+            "model",
+            f"{config.model.name or 'small Llama'}, {size.parameters:,} parameters, {config.model.dtype}",
+        ),
+        ("algorithm", algorithm_of(config).describe().partition("\n")[0]),
+        ("processes", _processes(config)),
+        *_memory(config, size),
+        *_amounts(config, size),
+        (
+            "run folder",
+            str(config.run.folder / (config.run.name or "(named by environment, algorithm and time)")),
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _processes(config: Config) -> str:
+    threads = f"{config.runtime.threads} torch thread{'s' if config.runtime.threads > 1 else ''} each"
+    if config.pipeline.mode == "exact":
+        return f"1 (learner and sampler in turn), {threads}"
+    samplers = config.runtime.samplers
+    return f"controller, learner, {samplers} sampler{'s' if samplers > 1 else ''}, {threads}"
+
+
+def _memory(config: Config, size: ModelSize) -> list[tuple[str, str]]:
+    """Estimates: weights, gradients and two moments for the learner; weights and cache for a sampler."""
+    width = _BYTES[config.model.dtype]
+    weights = size.parameters * width
+    # Keys and values per token of a full cache: every slot as long as the context, one padding column.
+    cache = config.sampler.slots * (size.context_length + 1) * size.layers * size.key_value_width * width
+    return [
+        ("learner memory", f"{_bytes(4 * weights)} for weights, gradients and moments, plus activations of "
+                           f"{config.learner.token_budget:,} tokens"),
+        ("sampler memory", f"{_bytes(weights)} for weights, at most {_bytes(cache)} for {config.sampler.slots} slots"),
+    ]  # fmt: skip
+
+
+def _amounts(config: Config, size: ModelSize) -> list[tuple[str, str]]:
+    pipeline = config.pipeline
+    episodes = pipeline.prompts * pipeline.group_size
+    bound = lag_bound(pipeline.lag, window_width(config), pipeline.prompts)
+    return [
+        ("a step", f"{pipeline.prompts} prompts × {pipeline.group_size} rollouts = {episodes} episodes, "
+                   f"at most {episodes * size.context_length:,} tokens"),
+        ("the run", f"{pipeline.steps} steps, {pipeline.steps * episodes:,} episodes, "
+                    f"at most {pipeline.steps * episodes * size.context_length:,} tokens"),
+        ("policy lag", f"target {pipeline.lag}, never above {bound}; at most "
+                       f"{(pipeline.lag + 1) * pipeline.prompts} groups active"),
+        ("evaluation", f"{config.evaluation.final_problems} held-out problems before and after, "
+                       + (f"{config.evaluation.problems} every {config.evaluation.every} steps"
+                          if config.evaluation.every else "none in between")),
+    ]  # fmt: skip
+
+
+def _model_size(config: Config) -> ModelSize:
+    """Built on torch's meta device: shapes without storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(_architecture(config))
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    supported = getattr(text, "max_position_embeddings", None) or config.model.context_length
+    return ModelSize(
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=text.num_hidden_layers,
+        key_value_width=2 * heads * head_size,
+        context_length=min(config.model.context_length, supported),
+    )
+
+
+def _architecture(config: Config) -> Any:
+    from transformers import AutoConfig
+
+    from vcpo.policy.loading import small_architecture
+    from vcpo.policy.tokens import character_tokenizer
+
+    if not config.model.name:
+        return small_architecture(config.model, character_tokenizer(small_alphabet(config)))
+    try:
+        return AutoConfig.from_pretrained(config.model.name)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot read the model {config.model.name!r}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

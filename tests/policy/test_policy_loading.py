@@ -1,0 +1,174 @@
+"""The small model, its tokenizer, and models loaded from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vcpo.config import ModelConfig
+from vcpo.errors import ModelError
+from vcpo.policy.loading import load_policy, small_policy
+from vcpo.policy.tokens import TokenizerCodec, character_tokenizer
+from vcpo.policy.weights import checksum, weight_tensors
+
+torch.set_num_threads(1)
+
+ALPHABET = "abcz0189 +-*/()=:>\n\tß→𝒱"
+SMALL = ModelConfig(hidden_size=16, layers=1, heads=2, intermediate_size=24, context_length=32)
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+# Tokens
+
+
+@given(st.text(st.sampled_from(ALPHABET)))
+def test_one_token_a_character_there_and_back(text: str) -> None:
+    codec = TokenizerCodec(character_tokenizer(ALPHABET))
+    ids = codec.encode(text)
+    assert len(ids) == len(text)
+    assert codec.decode(ids) == text
+    assert codec.encode_prompt(text) == ids
+
+
+def test_token_ids_are_special_tokens_then_the_sorted_alphabet() -> None:
+    codec = TokenizerCodec(character_tokenizer("cabba"))
+    assert codec.encode("abcx") == [3, 4, 5, 2]
+    assert codec.end_id == 1
+    assert codec.decode([0, 3, 1, 5, 2]) == "ac"
+    assert len(codec.tokenizer) == 6
+
+
+def test_the_character_tokenizer_survives_saving(tmp_path: Path) -> None:
+    saved = character_tokenizer(ALPHABET)
+    saved.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "  a - b\n\n(c) → ß\t=𝒱 "
+    assert loaded.encode(text) == saved.encode(text)
+    assert TokenizerCodec(loaded).decode(loaded.encode(text)) == text
+    assert (loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id) == (0, 1, 2)
+
+
+def test_a_prompt_is_rendered_by_the_chat_template() -> None:
+    tokenizer = character_tokenizer("abcdefghijklmnopqrstuvwxyz[]")
+    tokenizer.chat_template = TEMPLATE
+    codec = TokenizerCodec(tokenizer)
+    assert codec.decode(codec.encode_prompt("hello")) == "[user]hello[assistant]"
+    assert codec.decode(codec.encode("hello")) == "hello"
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    tokenizer = character_tokenizer("ab")
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ModelError, match="the tokenizer of tiny has no end-of-sequence token"):
+        TokenizerCodec(endless, "tiny")
+
+
+# Models
+
+
+def digest(model: torch.nn.Module) -> str:
+    return checksum(weight_tensors(model))
+
+
+def test_the_small_model_is_its_seeds_alone() -> None:
+    torch.manual_seed(1)
+    first = small_policy(SMALL, "abc", seed=5)
+    after = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.rand(()) == after  # the global generator was left as it was
+    assert digest(small_policy(SMALL, "abc", seed=5).model) == digest(first.model)
+    assert digest(small_policy(SMALL, "abc", seed=6).model) != digest(first.model)
+
+
+def test_the_small_model_is_an_untied_llama_that_knows_its_tokens() -> None:
+    policy = small_policy(SMALL, "abc", seed=0)
+    model = policy.model
+    assert isinstance(model, LlamaForCausalLM)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= weight_tensors(model).keys()
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    assert model.lm_head.weight.shape == (6, 16)
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (0, 1)
+    assert not model.training
+
+
+def test_a_saved_policy_loads_as_the_same_policy(tmp_path: Path) -> None:
+    policy = small_policy(SMALL, ALPHABET, seed=0)
+    policy.save(tmp_path)
+    loaded = load_policy(str(tmp_path), ModelConfig(context_length=1000))
+    assert digest(loaded.model) == digest(policy.model)
+    assert loaded.codec.encode("a+b") == policy.codec.encode("a+b")
+    assert loaded.context_length == 32  # what the model supports
+    assert load_policy(str(tmp_path), ModelConfig(context_length=9)).context_length == 9
+    assert digest(AutoModelForCausalLM.from_pretrained(tmp_path)) == digest(policy.model)
+
+
+def test_a_policy_is_loaded_in_the_asked_number_type(tmp_path: Path) -> None:
+    small_policy(SMALL, "abc", seed=0).save(tmp_path)
+    loaded = load_policy(str(tmp_path), ModelConfig(dtype="bfloat16"))
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+
+
+def remove_all(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "abacus"}')
+
+
+def other_shapes(folder: Path) -> None:
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": 24'))
+
+
+@pytest.mark.parametrize(
+    "damage", [remove_all, remove_weights, cut_weights, break_config, unknown_architecture, other_shapes]
+)
+def test_a_folder_that_cannot_be_loaded_is_one_line(tmp_path: Path, damage) -> None:
+    folder = tmp_path / "policy"
+    small_policy(SMALL, "abc", seed=0).save(folder)
+    damage(folder)
+    with pytest.raises(ModelError) as caught:
+        load_policy(str(folder), SMALL)
+    message = str(caught.value)
+    assert message.startswith(f"cannot load the model '{folder}': ")
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+
+
+def test_pickled_weights_are_never_opened(tmp_path: Path) -> None:
+    policy = small_policy(SMALL, "abc", seed=0)
+    policy.save(tmp_path)
+    remove_weights(tmp_path)
+    torch.save(policy.model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_policy(str(tmp_path), SMALL)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(ModelError, match=f"cannot use device '{device}'.*set model.device"):
+        small_policy(SMALL.model_copy(update={"device": device}), "abc", seed=0)
