@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vcpo.config import ModelConfig
@@ -116,6 +118,11 @@ def test_a_policy_is_loaded_in_the_asked_number_type(tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
 
 
+def drop_head(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file, {"format": "pt"})
+
+
 def remove_all(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -145,9 +152,10 @@ def other_shapes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [remove_all, remove_weights, cut_weights, break_config, unknown_architecture, other_shapes]
+    "damage",
+    [remove_all, remove_weights, cut_weights, drop_head, break_config, unknown_architecture, other_shapes],
 )
-def test_a_folder_that_cannot_be_loaded_is_one_line(tmp_path: Path, damage) -> None:
+def test_a_folder_that_cannot_be_loaded_is_one_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = tmp_path / "policy"
     small_policy(SMALL, "abc", seed=0).save(folder)
     damage(folder)

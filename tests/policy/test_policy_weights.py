@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,11 @@ class Tied(nn.Module):
 
 def weights() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    return {"b": torch.rand(2, 3), "a": torch.rand(4, dtype=torch.float64).to(torch.bfloat16), "c": torch.rand(())}
+    return {
+        "b": torch.rand(2, 3),
+        "a": torch.rand(4, dtype=torch.float64).to(torch.bfloat16),
+        "c": torch.rand(()),
+    }
 
 
 def test_a_tied_tensor_and_no_scratch_buffer_is_listed_once() -> None:
@@ -60,7 +65,9 @@ def test_loading_copies_in_place_and_keeps_the_tie() -> None:
         (lambda w: w.update(steps=torch.zeros(2)), r"steps has shape \(2,\), not \(1,\)"),
     ],
 )
-def test_other_names_or_shapes_are_refused_before_anything_is_copied(change, message: str) -> None:
+def test_other_names_or_shapes_are_refused_before_anything_is_copied(
+    change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
     model, others = Tied(0), dict(weight_tensors(Tied(1)))
     before = checksum(weight_tensors(model))
     change(others)
@@ -87,10 +94,6 @@ def flip_a_bit(w: dict[str, Tensor]) -> None:
     w["b"].view(torch.int32)[1, 2] ^= 1
 
 
-def negative_zero(w: dict[str, Tensor]) -> None:
-    w["b"] = torch.zeros(2, 3).neg()
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -102,7 +105,7 @@ def negative_zero(w: dict[str, Tensor]) -> None:
         pytest.param(lambda w: w.update(e=torch.zeros(0)), id="more"),
     ],
 )
-def test_the_checksum_sees_every_difference(change) -> None:
+def test_the_checksum_sees_every_difference(change: Callable[[dict[str, Tensor]], object]) -> None:
     changed = weights()
     change(changed)
     assert checksum(changed) != checksum(weights())

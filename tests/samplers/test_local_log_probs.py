@@ -54,7 +54,9 @@ def disturbed(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def build(kind: Callable[..., PreTrainedModel], config: Callable[..., Any], **changes: object) -> PreTrainedModel:
+def build(
+    kind: Callable[..., PreTrainedModel], config: Callable[..., Any], **changes: object
+) -> PreTrainedModel:
     torch.manual_seed(0)
     common = {
         "vocab_size": VOCABULARY,
@@ -120,7 +122,9 @@ def ragged_scripts(episodes: int) -> list[tuple[list[int], list[Turn]]]:
     ]
 
 
-async def play(sampler: LocalSampler, number: int, prompt: Sequence[int], turns: Sequence[Turn]) -> Trajectory:
+async def play(
+    sampler: LocalSampler, number: int, prompt: Sequence[int], turns: Sequence[Turn]
+) -> Trajectory:
     episode = Episode(sampler, seed=number, session=number, end_id=2)
     episode.observe(prompt)
     for max_tokens, observation in turns:
@@ -226,6 +230,8 @@ def test_log_probs_of_a_bfloat16_policy_are_float32_of_its_own_logits() -> None:
     trajectories = play_all(LocalSampler(model, CONTEXT), ragged_scripts(4))
     with torch.no_grad():
         learner = sampled_log_probs(model, pack(trajectories))
-    recorded = torch.cat([torch.from_numpy(t.log_probs)[torch.from_numpy(t.action_mask)] for t in trajectories])
+    recorded = torch.cat(
+        [torch.from_numpy(t.log_probs)[torch.from_numpy(t.action_mask)] for t in trajectories]
+    )
     assert learner.dtype == torch.float32
     assert float((recorded - learner).abs().mean()) < 0.1

@@ -143,9 +143,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
     with torch.no_grad():
         head.bias[-3:] = -torch.inf
-    (completion,) = generate_all(
-        LocalSampler(model, CONTEXT), [random_tokens(4, 0)], [seed], max_tokens=1
-    )
+    (completion,) = generate_all(LocalSampler(model, CONTEXT), [random_tokens(4, 0)], [seed], max_tokens=1)
     assert completion.tokens == [VOCABULARY - 4]
     assert np.isfinite(completion.log_probs[0])
 
@@ -161,7 +159,9 @@ def test_greedy_is_the_argmax_of_a_plain_forward_and_plain_generate(
         for token, log_prob in zip(completion.tokens, completion.log_probs, strict=True):
             log_probs = next_logits(model, tokens).log_softmax(-1)
             assert token == int(log_probs.argmax())
-            assert log_prob == pytest.approx(float(log_probs[token]), abs=2e-5)  # at temperature 1 all the same
+            assert log_prob == pytest.approx(
+                float(log_probs[token]), abs=2e-5
+            )  # at temperature 1 all the same
             tokens.append(token)
         ids = torch.tensor([prompt])
         plain = model.generate(  # pyright: ignore[reportCallIssue]

@@ -142,9 +142,7 @@ def test_drain_ends_started_episodes_under_their_version_and_holds_new_ones() ->
         first = await sampler.generate(prompt, max_tokens=3, stop=NEVER, seed=0, session=0)
         update = asyncio.ensure_future(sampler.update(1, weight_tensors(models[1])))
         await settle()
-        newcomer = asyncio.ensure_future(
-            sampler.generate(other, max_tokens=4, stop=NEVER, seed=1, session=1)
-        )
+        newcomer = asyncio.ensure_future(sampler.generate(other, max_tokens=4, stop=NEVER, seed=1, session=1))
         anonymous = asyncio.ensure_future(sampler.generate(other, max_tokens=4, stop=NEVER, seed=2))
         longer = [*prompt, *first.tokens, 4]
         second = await sampler.generate(longer, max_tokens=3, stop=NEVER, seed=0, session=0)
@@ -185,7 +183,9 @@ def test_an_update_that_is_given_up_while_draining_lets_new_sessions_in_again() 
         sampler = LocalSampler(model, CONTEXT, DRAIN)
         await sampler.generate(prompt, max_tokens=2, stop=NEVER, seed=0, session=0)
         update = asyncio.ensure_future(sampler.update(1, weight_tensors(llama(1))))
-        newcomer = asyncio.ensure_future(sampler.generate(prompt, max_tokens=2, stop=NEVER, seed=0, session=1))
+        newcomer = asyncio.ensure_future(
+            sampler.generate(prompt, max_tokens=2, stop=NEVER, seed=0, session=1)
+        )
         await settle()
         assert not newcomer.done()
         update.cancel()
@@ -222,7 +222,9 @@ def test_an_update_reaches_embedding_and_head(tied: bool) -> None:
         ({"intermediate_size": 32}, "mlp.*has shape"),
     ],
 )
-def test_weights_of_another_model_are_refused_and_change_nothing(other: dict[str, object], named: str) -> None:
+def test_weights_of_another_model_are_refused_and_change_nothing(
+    other: dict[str, object], named: str
+) -> None:
     model = llama(0)
     before = checksum(weight_tensors(model))
     sampler = LocalSampler(model, CONTEXT)

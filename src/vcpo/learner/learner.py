@@ -67,8 +67,8 @@ class Learner:
         self.policy, self.algorithm = policy, algorithm
         self._config, self._on_policy_ratio = config, on_policy_ratio
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
-        if algorithm.needs_score_norms:
-            ScoreTape(policy.model)  # an unsupported layer is named before anything is sampled
+        # Made here, so that an unsupported layer is named before anything is sampled.
+        self._tape = ScoreTape(policy.model) if algorithm.needs_score_norms else None
 
     @property
     def version(self) -> int:
@@ -140,10 +140,10 @@ class Learner:
         model = self.policy.model
         pad = model.config.get_text_config().pad_token_id or 0
         rows = pack([batch.trajectories[i] for i in members], pad_id=pad).to(model.device)
-        if not self.algorithm.needs_score_norms:
+        if self._tape is None:
             with torch.set_grad_enabled(keep_graph):
                 return _Measured(members, rows, sampled_log_probs(model, rows), None)
-        with ScoreTape(model) as tape:
+        with self._tape as tape:
             log_probs = sampled_log_probs(model, rows)
         normalisers = batch.normalisers[members].to(log_probs)
         objective = (normalisers[rows.action_owners] * log_probs).sum()

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from vcpo.config import ModelConfig
@@ -64,15 +71,24 @@ def load_policy(name: str, config: ModelConfig) -> Policy:
     """Any causal LM that transformers loads, from a folder or a hub id; its weights are never unpickled."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"cannot load the model {name!r}: {first_line} (give a folder with config.json, model.safetensors "
             "and tokenizer files, or a hub id that this machine can reach)"
         ) from error
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning
+        raise ModelError(
+            f"cannot load the model {name!r}: its weights lack {missing[0]} ({len(missing)} missing); is it a "
+            "causal language model?"
+        )
     supported = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = min(config.context_length, supported) if supported else config.context_length
     return Policy(_place(model, config), tokenizer, context, name)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vcpo.errors import VcpoError
 from vcpo.trajectory import Trajectory
 
 PADDING = -1
@@ -73,7 +74,13 @@ def row_layout(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(trajectories: Sequence[Trajectory], *, pad_id: int = 0, packed: bool = True) -> PackedRows:
-    """Pack into rows as long as the longest trajectory; ``packed=False`` gives each a row of its own."""
+    """Pack into rows as long as the longest trajectory; ``packed=False`` gives each a row of its own.
+
+    Raises VcpoError if a trajectory's first token is marked as sampled: no logits come before it.
+    """
+    for i, t in enumerate(trajectories):
+        if t.action_mask[:1].any():
+            raise VcpoError(f"trajectory {i} marks its first token as sampled: it needs a prompt before it")
     lengths = [len(t.tokens) for t in trajectories]
     capacity = max(max(lengths, default=1), 1)
     rows = row_layout(lengths, capacity) if packed else [[i] for i in range(len(lengths))]
@@ -111,7 +118,9 @@ def pack(trajectories: Sequence[Trajectory], *, pad_id: int = 0, packed: bool = 
     )
 
 
-def micro_batches(trajectories: Sequence[Trajectory], groups: Sequence[int], token_budget: int) -> list[list[list[int]]]:
+def micro_batches(
+    trajectories: Sequence[Trajectory], groups: Sequence[int], token_budget: int
+) -> list[list[list[int]]]:
     """Cut a minibatch into units of micro-batches of at most ``token_budget`` padded tokens.
 
     A unit holds whole groups. Small groups share one micro-batch, which is then a unit; a group that does

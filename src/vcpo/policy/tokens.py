@@ -21,7 +21,11 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -30,7 +34,9 @@ class TokenizerCodec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the model") -> None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its config")
+            raise ModelError(
+                f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its config"
+            )
         self.tokenizer = tokenizer
         self.end_id: int = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
 

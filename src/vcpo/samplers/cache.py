@@ -29,7 +29,9 @@ class _SlotLayer(CacheLayerMixin):
         self.keys, self.values = key_states.new_zeros(0), value_states.new_zeros(0)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._write(self.keys, key_states)
@@ -92,7 +94,9 @@ class SlotCache(Cache):
         at column 0 so that its softmax stays finite.
         """
         self.slots = max(self.slots, max(rows) + 1)
-        self.columns = max(self.columns, min(-(-(longest + 1) // COLUMN_STEP) * COLUMN_STEP, self.context_length + 1))
+        self.columns = max(
+            self.columns, min(-(-(longest + 1) // COLUMN_STEP) * COLUMN_STEP, self.context_length + 1)
+        )
         self.visible = longest + 1
         self.rows = torch.tensor(rows, device=self.device)
         self.first_row = rows[0]

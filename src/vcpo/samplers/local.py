@@ -86,7 +86,9 @@ class _Request:
 class LocalSampler:
     """A :class:`vcpo.samplers.protocol.Sampler` over a transformers model."""
 
-    def __init__(self, model: PreTrainedModel, context_length: int, config: SamplerConfig | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, context_length: int, config: SamplerConfig | None = None
+    ) -> None:
         self._model = model.eval()
         self._config = config or SamplerConfig()
         self._context_length = context_length
@@ -282,7 +284,9 @@ class LocalSampler:
             by_size.setdefault((request.feed - 1).bit_length(), []).append(request)
         batches: list[list[_Request]] = []
         for requests in by_size.values():
-            requests.sort(key=lambda r: r.session.slot or 0)  # neighbours in the cache can be read without a copy
+            requests.sort(
+                key=lambda r: r.session.slot or 0
+            )  # neighbours in the cache can be read without a copy
             widest = max(r.feed for r in requests)
             rows = max(1, self._config.prefill_tokens // widest)
             batches += [requests[i : i + rows] for i in range(0, len(requests), rows)]
@@ -340,7 +344,9 @@ class LocalSampler:
             greedy = torch.tensor([r.greedy for r in requests], device=tokens.device)[:, None]
             tokens = torch.where(greedy, log_probs.argmax(-1, keepdim=True), tokens)
         chosen = log_probs.gather(-1, tokens)
-        for request, token, log_prob in zip(requests, tokens[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
+        for request, token, log_prob in zip(
+            requests, tokens[:, 0].tolist(), chosen[:, 0].tolist(), strict=True
+        ):
             request.tokens.append(token)
             request.log_probs.append(log_prob)
             request.versions.append(self._version)
