@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_no_two_rows_could_have_been_one(lengths: list[int]) -> None:
     """First fit: no row's contents would fit in the room of another; hence at most twice the fewest rows."""
     capacity = max(lengths)
     used = sorted(sum(lengths[i] for i in row) for row in row_layout(lengths, capacity))
-    assert all(a + b > capacity for a, b in zip(used, used[1:], strict=False))
+    assert all(a + b > capacity for a, b in pairwise(used))
 
 
 @given(LENGTHS.filter(bool), st.booleans())
@@ -115,17 +116,16 @@ def test_micro_batches_keep_the_budget_and_the_groups(members: list[tuple[int, i
         tokens = pack([trajectories[i] for i in batch]).input_ids.numel()
         assert tokens <= budget or len(batch) == 1
     for group in set(groups):
-        homes = [
-            u for u, unit in enumerate(units) if any(groups[i] == group for batch in unit for i in batch)
-        ]
-        assert len(homes) == 1  # a unit holds whole groups
-        own = [i for i, g in enumerate(groups) if g == group]
-        split = sum(any(i in batch for i in own) for batch in units[homes[0]]) > 1
+        own = {i for i, g in enumerate(groups) if g == group}
+        (home,) = [
+            unit for unit in units if any(own & set(batch) for batch in unit)
+        ]  # a unit holds whole groups
+        split = sum(bool(own & set(batch)) for batch in home) > 1
         assert not (split and pack([trajectories[i] for i in own]).input_ids.numel() <= budget)
 
 
 def test_micro_batches_of_a_hand_worked_example() -> None:
-    """Budget 24. Groups 0 and 1 (4 × 6 tokens) fill one; group 2 needs two; group 3 is one long trajectory."""
+    """Budget 24. Groups 0 and 1 (4 × 6 tokens) fill one; group 2 needs two; group 3 is 30 tokens."""
     trajectories = trajectories_of([6, 6, 6, 6, 12, 12, 12, 30])
     units = micro_batches(trajectories, [0, 1, 0, 1, 2, 2, 2, 3], 24)
     assert units == [[[0, 2, 1, 3]], [[4, 5], [6]], [[7]]]
@@ -135,10 +135,10 @@ def test_micro_batches_of_a_hand_worked_example() -> None:
 
 
 def build(
-    kind: Callable[..., PreTrainedModel], config: Callable[..., Any], **changes: object
+    kind: Callable[..., PreTrainedModel], config: Callable[..., Any], **changes: Any
 ) -> PreTrainedModel:
     torch.manual_seed(0)
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -165,7 +165,13 @@ def disturbed(model: PreTrainedModel) -> PreTrainedModel:
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+    }
     return disturbed(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)))
 
 
@@ -249,5 +255,5 @@ def test_a_sampled_first_token_is_refused_by_index() -> None:
     """Nothing comes before it: its log-prob would be read from a neighbour's last token."""
     bad = trajectory(4)
     bad.action_mask[0] = True
-    with pytest.raises(VcpoError, match="trajectory 1 .*first token"):
+    with pytest.raises(VcpoError, match=r"trajectory 1 .*first token"):
         pack([trajectory(5), bad])

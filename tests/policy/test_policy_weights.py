@@ -60,7 +60,7 @@ def test_loading_copies_in_place_and_keeps_the_tie() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("scale"), "scale is in only one of the two"),
+        (lambda w: w.pop("scale"), "scale is in only one"),
         (lambda w: w.update(more=torch.zeros(1)), "more is in only one"),
         (lambda w: w.update(steps=torch.zeros(2)), r"steps has shape \(2,\), not \(1,\)"),
     ],

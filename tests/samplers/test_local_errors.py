@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,8 @@ def llama(seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
         num_attention_heads=2,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
-        attn_implementation=attention,
     )
+    config._attn_implementation = attention
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,24 +69,32 @@ async def settle() -> None:
 
 
 def test_a_broken_policy_fails_every_waiting_call_and_a_good_one_serves_again() -> None:
-    good, prompt = llama(), random_tokens(5, 0)
+    """NaN keys and values must not outlive it: a mask hides them from the softmax, but 0 · NaN is NaN."""
+    good = llama()
     broken = {name: torch.full_like(t, torch.nan) for name, t in weight_tensors(good).items()}
     repaired = {name: t.clone() for name, t in weight_tensors(good).items()}
+    longer, shorter = (
+        [random_tokens(n, n) for n in lengths] for lengths in [(17, 20, 19, 18), (9, 16, 10, 12)]
+    )
 
-    async def run() -> Completion:
-        sampler = LocalSampler(llama(1), CONTEXT, SamplerConfig(slots=2))
-        await sampler.generate(prompt, max_tokens=2, stop=NEVER, seed=0, session=0)
+    async def run() -> list[Completion]:
+        sampler = LocalSampler(llama(1), CONTEXT, SamplerConfig(slots=3))
+
+        def calls(prompts: list[list[int]]) -> list[Coroutine[Any, Any, Completion]]:
+            numbered = enumerate(prompts)
+            return [sampler.generate(p, max_tokens=6, stop=NEVER, seed=i, session=i) for i, p in numbered]
+
+        await asyncio.gather(*calls(longer))
         await sampler.update(3, broken)
-        calls = [sampler.generate(prompt, max_tokens=2, stop=NEVER, seed=i, session=i) for i in range(5)]
-        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        for outcome in await asyncio.gather(*calls(longer), return_exceptions=True):
             assert isinstance(outcome, NonFiniteError)
             assert "policy version 3" in str(outcome)
         await sampler.update(4, repaired)
-        return await sampler.generate(prompt, max_tokens=6, stop=NEVER, seed=0, session=0)
+        return await asyncio.gather(*calls(shorter))
 
-    completion = asyncio.run(run())
-    assert_exact(good, prompt, completion)
-    assert completion.versions == [4] * 6
+    for prompt, completion in zip(shorter, asyncio.run(run()), strict=True):
+        assert_exact(good, prompt, completion)
+        assert completion.versions == [4] * 6
 
 
 def test_a_forward_that_raises_leaves_no_trust_in_what_it_should_have_cached(

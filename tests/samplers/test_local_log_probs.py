@@ -55,10 +55,10 @@ def disturbed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def build(
-    kind: Callable[..., PreTrainedModel], config: Callable[..., Any], **changes: object
+    kind: Callable[..., PreTrainedModel], config: Callable[..., Any], **changes: Any
 ) -> PreTrainedModel:
     torch.manual_seed(0)
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -78,11 +78,17 @@ def build(
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": CONTEXT,
+    }
     return disturbed(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)))
 
 
-def llama(**changes: object) -> PreTrainedModel:
+def llama(**changes: Any) -> PreTrainedModel:
     return build(LlamaForCausalLM, LlamaConfig, **changes)
 
 
@@ -150,10 +156,16 @@ def plain_log_probs(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
 
 
+def recorded_log_probs(trajectories: Sequence[Trajectory]) -> Tensor:
+    return torch.cat([torch.from_numpy(t.log_probs[t.action_mask]) for t in trajectories])
+
+
 def assert_exact(model: PreTrainedModel, trajectories: Sequence[Trajectory]) -> None:
     """Behaviour log-probs against one plain forward each, and against the learner's packed rows."""
     recorded = [torch.from_numpy(t.log_probs)[torch.from_numpy(t.action_mask)] for t in trajectories]
-    alone = [plain_log_probs(model, t.tokens)[torch.from_numpy(t.action_mask)[1:]] for t in trajectories]
+    alone = [
+        plain_log_probs(model, t.tokens.tolist())[torch.from_numpy(t.action_mask)[1:]] for t in trajectories
+    ]
     with torch.no_grad():
         learner = sampled_log_probs(model, pack(trajectories))
     torch.testing.assert_close(torch.cat(recorded), torch.cat(alone), rtol=0, atol=TOLERANCE)
@@ -224,14 +236,11 @@ def test_a_shared_prompt_reaches_slots_that_hold_other_conversations() -> None:
     assert_exact(model, play_all(sampler, [(random_tokens(6, 9), [(4, [3, 3]), (4, [])])] * 7))
 
 
-def test_log_probs_of_a_bfloat16_policy_are_float32_of_its_own_logits() -> None:
-    """The learner sees the same numbers up to bfloat16's rounding of logits near 4: 2^-7."""
-    model = llama().to(torch.bfloat16)
-    trajectories = play_all(LocalSampler(model, CONTEXT), ragged_scripts(4))
+def test_log_probs_of_a_bfloat16_policy_are_near_its_learners() -> None:
+    """bfloat16 rounds logits of size 1 to 4 by 2^-9 to 2^-8 and every layer adds to it: 0.008 on average."""
+    model = llama().bfloat16()
+    trajectories = play_all(LocalSampler(model, CONTEXT), ragged_scripts(6))
     with torch.no_grad():
         learner = sampled_log_probs(model, pack(trajectories))
-    recorded = torch.cat(
-        [torch.from_numpy(t.log_probs)[torch.from_numpy(t.action_mask)] for t in trajectories]
-    )
     assert learner.dtype == torch.float32
-    assert float((recorded - learner).abs().mean()) < 0.1
+    assert float((recorded_log_probs(trajectories) - learner).abs().mean()) < 0.02

@@ -1,9 +1,10 @@
-"""New weights: between tokens (keep) or between episodes (drain), never a token of one under another's stamp."""
+"""New weights: between tokens (keep) or between episodes (drain), no token stamped with another's version."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +26,9 @@ NEVER = frozenset[int]()
 DRAIN = SamplerConfig(update="drain")
 
 
-def llama(seed: int, **changes: object) -> PreTrainedModel:
+def llama(seed: int, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -158,6 +159,23 @@ def test_drain_ends_started_episodes_under_their_version_and_holds_new_ones() ->
             assert_stamped_right(models, other, late)
 
     asyncio.run(run())
+
+
+def test_a_session_released_before_its_call_was_admitted_is_fed_anew_after_an_update() -> None:
+    models, prompt = [llama(0), llama(1)], random_tokens(9, 0)
+
+    async def run() -> Completion:
+        sampler = LocalSampler(llama(0), CONTEXT)
+        await sampler.generate(prompt, max_tokens=1, stop=NEVER, seed=0, session=0)
+        call = asyncio.ensure_future(sampler.generate(prompt, max_tokens=5, stop=NEVER, seed=0, session=0))
+        await asyncio.sleep(0)  # the call is in the queue, the engine has not seen it
+        sampler.release(0)
+        await sampler.update(1, weight_tensors(models[1]))
+        return await call
+
+    completion = asyncio.run(run())
+    assert completion.versions == [1] * 5
+    assert_stamped_right(models, prompt, completion)
 
 
 def test_drain_waits_for_a_request_without_session_and_not_for_idle_engines() -> None:

@@ -35,8 +35,8 @@ from vcpo.policy.loading import Policy, load_policy, small_policy
 from vcpo.samplers.local import LocalSampler
 from vcpo.trajectory import NOT_SAMPLED, Trajectory
 
-WarmStartListener = Callable[[int, float], None]
-"""Hears the number of warm-start steps done and the last loss."""
+WarmStartListener = Callable[[float], None]
+"""Hears the loss of each step of a warm start."""
 
 
 def algorithm_of(config: Config) -> Algorithm:
@@ -55,12 +55,13 @@ def small_alphabet(config: Config) -> str:
     kind = environment_class(config.environment.kind)
     if not isinstance(kind, SmallModelEnvironment):
         raise ConfigError(
-            f"environment {config.environment.kind!r} has no alphabet() to build a small model for: set model.name"
+            f"environment {config.environment.kind!r} has no alphabet() to build a small model for: "
+            "set model.name"
         )
     return kind.alphabet(config.environment)
 
 
-def build_policy(config: Config, listener: WarmStartListener = lambda step, loss: None) -> Policy:
+def build_policy(config: Config, listener: WarmStartListener = lambda loss: None) -> Policy:
     """The policy a run begins with: a loaded model, or a small one taught the task's format."""
     if config.model.name:
         return load_policy(config.model.name, config.model)
@@ -71,14 +72,7 @@ def build_policy(config: Config, listener: WarmStartListener = lambda step, loss
     cached = _cache_folder(config, environment)
     if config.warm_start.cache and (cached / "config.json").exists():
         return load_policy(str(cached), config.model)
-    done = 0
-
-    def on_step(loss: float) -> None:
-        nonlocal done
-        done += 1
-        listener(done, loss)
-
-    warm_start(policy, _demonstrated(environment, config.run.seed), config.warm_start, on_step)
+    warm_start(policy, _demonstrated(environment, config.run.seed), config.warm_start, listener)
     if config.warm_start.cache:
         _store(policy, cached)
     return policy

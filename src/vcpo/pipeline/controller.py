@@ -268,8 +268,8 @@ class Controller:
         for (name, _), answer in zip(served, answers, strict=True):
             if answer != publication.checksum:
                 raise PublicationError(
-                    f"{name} serves other weights than version {publication.version}: its checksum is {answer}, "
-                    f"the learner's {publication.checksum}"
+                    f"{name} serves other weights than version {publication.version}: "
+                    f"its checksum is {answer}, the learner's {publication.checksum}"
                 )
 
     async def _evaluate_if_due(self, row: dict[str, Any]) -> None:

@@ -26,7 +26,8 @@ class Journal:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute(
-                "CREATE TABLE IF NOT EXISTS groups (number INTEGER PRIMARY KEY, step INTEGER, record BLOB NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS groups "
+                "(number INTEGER PRIMARY KEY, step INTEGER, record BLOB NOT NULL)"
             )
 
     def append(self, records: Iterable[tuple[int, bytes]]) -> None:

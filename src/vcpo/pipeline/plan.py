@@ -64,7 +64,8 @@ def _memory(config: Config, size: ModelSize) -> list[tuple[str, str]]:
     return [
         ("learner memory", f"{_bytes(4 * weights)} for weights, gradients and moments, plus activations of "
                            f"{config.learner.token_budget:,} tokens"),
-        ("sampler memory", f"{_bytes(weights)} for weights, at most {_bytes(cache)} for {config.sampler.slots} slots"),
+        ("sampler memory", f"{_bytes(weights)} for weights, at most {_bytes(cache)} for "
+                           f"{config.sampler.slots} slots"),
     ]  # fmt: skip
 
 

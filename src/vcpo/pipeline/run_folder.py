@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,15 @@ class RunFolder:
 
     @staticmethod
     def create(config: Config) -> RunFolder:
-        """Make the folder of a new run. A name that was asked for must be free; a made-up one gets a number."""
-        stem = config.run.name or (
-            f"{Path(config.environment.kind.replace(':', '-')).name}-{config.algorithm.name}-{time.strftime('%m%d-%H%M%S')}"
-        )
-        path = config.run.folder / stem
+        """Make a new run's folder. A name that was asked for must be free, a made-up one gets a number."""
+        path = config.run.folder / (config.run.name or _made_up_name(config))
         number = 1
         while path.exists() and not config.run.name:
             number += 1
-            path = config.run.folder / f"{stem}-{number}"
-        if (path / "config.toml").exists():
+            path = config.run.folder / f"{_made_up_name(config)}-{number}"
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(
-                f"{path} already holds a run: choose another run.name, or continue it with --resume {path}"
+                f"{path} is there already: choose another run.name, or continue a run with --resume {path}"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -58,6 +56,14 @@ class RunFolder:
         return run
 
     @property
+    def has_begun(self) -> bool:
+        """Whether anything was played or trained."""
+        return (self.path / "evaluation_before.json").exists()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
     def journal(self) -> Path:
         return self.path / "journal.sqlite"
 
@@ -80,3 +86,8 @@ class RunFolder:
             return json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+
+def _made_up_name(config: Config) -> str:
+    environment = config.environment.kind.replace(":", "-").replace("/", "-")
+    return f"{environment}-{config.algorithm.name}-{time.strftime('%m%d-%H%M%S')}"

@@ -16,7 +16,13 @@ from torch import Tensor
 from vcpo.config import Config
 from vcpo.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vcpo.learner.learner import Learner
-from vcpo.pipeline.build import WarmStartListener, build_learner, build_policy, build_rollout_loop
+from vcpo.pipeline.build import (
+    WarmStartListener,
+    algorithm_of,
+    build_learner,
+    build_policy,
+    build_rollout_loop,
+)
 from vcpo.pipeline.controller import Begun
 from vcpo.pipeline.rollout import GroupOrder, RolloutLoop, gather_all
 from vcpo.policy.loading import Policy, load_policy
@@ -33,8 +39,9 @@ class LearnerService:
         self._policy: Policy
         self._learner: Learner
 
-    def begin(self, *, resume: bool, listener: WarmStartListener = lambda step, loss: None) -> Begun:
+    def begin(self, *, resume: bool, listener: WarmStartListener = lambda loss: None) -> Begun:
         initial = self._run_folder / "initial_model"
+        algorithm_of(self._config)  # a wrong name is told before the warm start, not after
         source = self._config.model.name or str(initial)
         if resume and not self._config.model.name and initial.exists():
             self._policy = load_policy(source, self._config.model)

@@ -33,6 +33,21 @@ class Parts:
     """``time.perf_counter()`` when the command began."""
 
 
+class WarmStartPhase:
+    """Shows a warm start if there is one: a cached one takes no step, and no phase."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self._progress, self._steps = progress, steps
+        self._begun = False
+
+    def __call__(self, loss: float) -> None:
+        """One more step was taken, with this loss."""
+        if not self._begun:
+            self._progress.phase("warm start", self._steps)
+            self._begun = True
+        self._progress.advance({"loss": loss})
+
+
 def make_controller(
     config: Config, run: RunFolder, parts: Parts, writer: MetricsWriter, progress: Progress
 ) -> Controller:

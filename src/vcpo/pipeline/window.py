@@ -43,7 +43,7 @@ class Window:
     def __init__(
         self, prompts: int, lag: int, window: int, *, anchor: int = 0, trained: Iterable[int] = ()
     ) -> None:
-        """``anchor`` and ``trained`` resume a run: every group below ``anchor`` and each of ``trained`` is done."""
+        """``anchor`` and ``trained`` resume a run: groups below the one and those of the other are done."""
         self._prompts, self._lag, self._width = prompts, lag, window
         self._anchor = self._next = anchor
         self._passed = {index for index in trained if index >= anchor}

@@ -54,7 +54,7 @@ def small_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
 
 
@@ -71,7 +71,7 @@ def load_policy(name: str, config: ModelConfig) -> Policy:
     """Any causal LM that transformers loads, from a folder or a hub id; its weights are never unpickled."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             name,
             dtype=getattr(torch, config.dtype),
             attn_implementation="sdpa",
@@ -81,13 +81,13 @@ def load_policy(name: str, config: ModelConfig) -> Policy:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"cannot load the model {name!r}: {first_line} (give a folder with config.json, model.safetensors "
-            "and tokenizer files, or a hub id that this machine can reach)"
+            f"cannot load the model {name!r}: {first_line} (give a folder with config.json, "
+            "model.safetensors and tokenizer files, or a hub id that this machine can reach)"
         ) from error
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning
         raise ModelError(
-            f"cannot load the model {name!r}: its weights lack {missing[0]} ({len(missing)} missing); is it a "
-            "causal language model?"
+            f"cannot load the model {name!r}: its weights lack {missing[0]} ({len(missing)} missing); "
+            "is it a causal language model?"
         )
     supported = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = min(config.context_length, supported) if supported else config.context_length

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class PackedRows:
-    """B trajectories in R rows of C positions; A is the largest number of sampled tokens in one trajectory."""
+    """B trajectories in R rows of C positions; A is the most sampled tokens of one trajectory."""
 
     input_ids: Tensor
     """[R, C] int64."""
@@ -48,7 +49,9 @@ class PackedRows:
     """A."""
 
     def to(self, device: torch.device | str) -> PackedRows:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
         return PackedRows(**moved)
 
     def spread(self, values: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     if own.keys() != weights.keys():
         different = sorted(own.keys() ^ weights.keys())
         raise ModelError(
-            f"weights are of another model: {different[0]} is in only one of the two ({len(different)} differ)"
+            f"weights are of another model: {different[0]} is in only one ({len(different)} differ)"
         )
     for name, tensor in own.items():  # all of them before the first is copied: half an update serves nobody
         if tensor.shape != weights[name].shape:
@@ -49,7 +49,7 @@ def checksum(weights: Weights) -> str:
     for name in sorted(weights):
         tensor = weights[name]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

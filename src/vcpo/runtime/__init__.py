@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vcpo.config import Config
+from vcpo.errors import ConfigError
 from vcpo.monitor.progress import Progress, SilentProgress
 
 
@@ -28,6 +29,10 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
         from vcpo.runtime.local import train_local as train_here
     try:
         summary = train_here(config, run, progress, resume=resume is not None)
+    except ConfigError:
+        if resume is None and not run.has_begun:
+            run.remove()  # nothing was done: do not leave a folder that blocks the corrected command
+        raise
     finally:
         progress.close()
     if summary["completed"]:

@@ -43,7 +43,7 @@ async def evaluate_inline(
 def evaluate_path(
     path: Path, overrides: Sequence[str], problems: int | None, progress: Progress
 ) -> dict[str, Any]:
-    """``path``: a run folder (its final model, or the newest checkpoint of one that did not end), or a model."""
+    """``path``: a run folder (its final model, or its newest checkpoint if it did not end), or a model."""
     extra = ["--evaluation.final_problems", str(problems)] if problems is not None else []
     if not (path / "config.toml").exists():
         config = load_config(DEFAULT_RECIPE, [*overrides, "--model.name", str(path), *extra])

@@ -22,7 +22,7 @@ from vcpo.pipeline.controller import Arrivals, Controller, Publication, StepResu
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.services import LearnerService, RolloutService
-from vcpo.pipeline.session import Parts, interrupted_summary, train_session
+from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
 from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
 
 
@@ -85,9 +85,8 @@ def train_inline(config: Config, run: RunFolder, progress: Progress, *, resume: 
     begun_at = time.perf_counter()
     torch.set_num_threads(config.runtime.threads)
     learner_service, rollout_service = LearnerService(config, run.path), RolloutService(config)
-    if config.warm_start.steps and not config.model.name and not resume:
-        progress.phase("warm start", config.warm_start.steps)
-    begun = learner_service.begin(resume=resume, listener=lambda step, loss: progress.advance({"loss": loss}))
+    progress.phase("loading", None)
+    begun = learner_service.begin(resume=resume, listener=WarmStartPhase(progress, config.warm_start.steps))
     rollout_service.begin(begun.policy)
 
     async def session() -> dict[str, Any]:

@@ -8,7 +8,7 @@ who             waits for                      woken by                         
 =============== ============================== ================================ ========================
 controller      see :mod:`vcpo.pipeline.controller`
 request         a worker's reply               the worker's frame               runtime.timeout_seconds
-watch           a worker's end                 end of its channel               never: raises, which ends the run
+watch           a worker's end                 end of its channel               never: its end ends the run
 worker          a request                      the controller's frame           its parent's end
 shutdown        a worker's exit                the closed channel               1 s, then it is killed
 =============== ============================== ================================ ========================
@@ -35,7 +35,7 @@ from vcpo.monitor.progress import Progress
 from vcpo.pipeline.controller import Arrivals, Begun, Controller, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
-from vcpo.pipeline.session import Parts, interrupted_summary, train_session
+from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
 from vcpo.runtime.channel import Channel, ChannelClosed, Frame, join_records
 from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
 
@@ -91,7 +91,8 @@ class WorkerProcess:
             header, body = await asyncio.wait_for(self._replies[number], self._timeout)
         except TimeoutError:
             raise WorkerError(
-                f"{self.name} did not answer {do!r} within {self._timeout:g} s (runtime.timeout_seconds); see {self._log}"
+                f"{self.name} did not answer {do!r} within {self._timeout:g} s (runtime.timeout_seconds); "
+                f"see {self._log}"
             ) from None
         finally:
             self._replies.pop(number, None)
@@ -229,9 +230,9 @@ class _Run:
     async def _train(self, learner: WorkerProcess, samplers: list[WorkerProcess]) -> dict[str, Any]:
         config, progress = self._config, self._progress
         description = config.model_dump(mode="json")
-        if config.warm_start.steps and not config.model.name and not self._resume:
-            progress.phase("warm start", config.warm_start.steps)
-            learner.on_event = lambda header, body: progress.advance({"loss": header["loss"]})
+        progress.phase("loading", None)
+        warming = WarmStartPhase(progress, config.warm_start.steps)
+        learner.on_event = lambda header, body: warming(header["loss"])
         header, _ = await learner.request(
             "begin", config=description, run_folder=str(self._run.path), resume=self._resume
         )

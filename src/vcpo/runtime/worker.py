@@ -8,6 +8,7 @@ reaches the parent alone. What it prints goes to the run's ``logs`` folder.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -89,7 +90,7 @@ class LearnerProcess:
         self._service.export(Path(header["folder"]))
         return {}
 
-    def _on_warm_start(self, step: int, loss: float) -> None:
+    def _on_warm_start(self, loss: float) -> None:
         self._channel.send({"event": "warm start", "loss": loss})
 
     def _publication(self) -> Reply:
@@ -113,7 +114,7 @@ def transfer_folder(size: int) -> Path:
     """A folder for weights on their way: in shared memory if ``size`` bytes fit there, else on disk."""
     shared = Path("/dev/shm")
     fits = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > size
-    return Path(tempfile.mkdtemp(prefix="vcpo-weights-", dir=shared if fits else None))
+    return Path(tempfile.mkdtemp(prefix=f"vcpo-weights-{os.getpid()}-", dir=shared if fits else None))
 
 
 class SamplerProcess:
@@ -128,11 +129,21 @@ class SamplerProcess:
         self._playing: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
+        """Answer until the other end is gone, which is noticed in the middle of an answer too."""
+        requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        ends = [asyncio.ensure_future(self._read(requests)), asyncio.ensure_future(self._answer(requests))]
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in done:
+            with contextlib.suppress(ChannelClosed):
+                end.result()
+
+    async def _read(self, requests: asyncio.Queue[dict[str, Any]]) -> None:
         while True:
-            try:
-                header, _ = await self._channel.receive()
-            except ChannelClosed:
-                return
+            requests.put_nowait((await self._channel.receive())[0])
+
+    async def _answer(self, requests: asyncio.Queue[dict[str, Any]]) -> None:
+        while True:
+            header = await requests.get()
             handler: Callable[[dict[str, Any]], Awaitable[Reply] | None] = getattr(self, f"do_{header['do']}")
             try:
                 if (answer := handler(header)) is not None:
@@ -195,6 +206,8 @@ class SamplerProcess:
 
 
 async def _serve_sampler(end: socket.socket) -> None:
+    import vcpo.pipeline.services  # noqa: F401  while the learner starts: it takes seconds
+
     await SamplerProcess(await Channel.over(end)).serve()
 
 

@@ -106,6 +106,12 @@ class SlotCache(Cache):
         last = positions[:, None, :, None] + 1
         return (columns <= last) & ((columns > 0) | (last == 0))
 
+    def clear(self) -> None:
+        """Drop the tables; the next forward makes new ones."""
+        for layer in self.layers:
+            assert isinstance(layer, _SlotLayer)
+            layer.is_initialized = False
+
     def copy_slots(self, sources: list[int], targets: list[int], length: int) -> None:
         """Give each target slot the first ``length`` tokens of its source slot."""
         self.slots = max(self.slots, max(targets) + 1)

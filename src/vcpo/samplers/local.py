@@ -215,16 +215,22 @@ class LocalSampler:
                 self._tick()
                 await asyncio.sleep(0)  # episodes whose turn ended take their next one
         except Exception as error:  # every caller must hear of it: nobody else awaits this task
+            self._forget()
             for request in [*self._active, *self._waiting]:
-                request.session.cached = 0  # what the failed forward should have written may be missing
                 if not request.done.done():
                     request.done.set_exception(error)
             self._active.clear()
             self._waiting.clear()
 
+    def _forget(self) -> None:
+        """After a failed forward: it may have written nothing, or NaN, which outlives a mask (0 · NaN)."""
+        self._cache.clear()
+        for owner in self._owners():
+            owner.cached = 0
+
     def _owners(self) -> Iterable[_Session]:
         yield from self._sessions.values()
-        yield from (request.session for request in self._active)
+        yield from (request.session for request in [*self._active, *self._waiting])  # released in mid-call
 
     def _check_drained(self) -> None:
         if self._draining and not any(owner.started for owner in self._owners()):
@@ -261,7 +267,7 @@ class LocalSampler:
 
     @torch.no_grad()
     def _tick(self) -> None:
-        """One token for every active request (a prompt longer than the prefill budget takes several ticks)."""
+        """One token for every active request (a prompt beyond the prefill budget takes several ticks)."""
         begun = time.perf_counter()
         for batch in self._batches():
             leaders, twins = _share_prompts(batch)
@@ -293,7 +299,7 @@ class LocalSampler:
         return batches
 
     def _forward(self, requests: list[_Request]) -> Tensor:
-        """Feed each request's slot what it has not seen, at most the prefill budget; logits [b, V] after it."""
+        """Feed each slot what it has not seen, at most the prefill budget; logits [b, V] after it."""
         sizes = [min(r.feed, self._config.prefill_tokens) for r in requests]
         width = max(sizes)
         ids: list[list[int]] = []
@@ -387,8 +393,8 @@ def _share_prompts(batch: list[_Request]) -> tuple[list[_Request], dict[int, lis
 def _attention_masks(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor | dict[str, Tensor]]:
     """How this model wants its attention mask: one for all layers, or one for each kind of layer."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
+    kinds: set[str] = set(getattr(config, "layer_types", None) or ())
+    window: int = getattr(config, "sliding_window", None) or 0
     _check_decodable(model, kinds)
 
     def sliding(visible: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+"""Makes workers light: with this folder in PYTHONPATH, ``python -m vcpo.runtime.worker`` runs as it is, but
+over services without torch, so that it starts in a fraction of a second. Python imports this module first.
+
+``VCPO_TEST_NOTES`` names a folder where the workers write down what they did; ``VCPO_TEST_TROUBLE`` =
+``ROLE:PLACE:WHAT`` makes one of them fail, such as ``sampler:play:kill``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+
+def note(name: str, **content: Any) -> None:
+    """One JSON line in NAME.jsonl of the folder of notes."""
+    with (Path(os.environ["VCPO_TEST_NOTES"]) / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def trouble(here: str) -> str:
+    """What is to go wrong ``here`` (role:place), if it is more than this function can do."""
+    role, place, what = os.environ.get("VCPO_TEST_TROUBLE", "::").split(":")
+    if f"{role}:{place}" != here:
+        return ""
+    match what:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(7)
+        case "block":
+            time.sleep(600)
+        case "DataError":
+            from vcpo.errors import DataError
+
+            raise DataError("problems.jsonl, line 3: is not JSON; correct or remove the line")
+        case "NonFiniteError":
+            from vcpo.errors import NonFiniteError
+
+            raise NonFiniteError("logits", 5, "policy version 0 is broken")
+        case "RuntimeError":
+            raise RuntimeError("out of luck")
+    return what
+
+
+class LightLearner:
+    """A policy is its version; a checkpoint is a file with version and position."""
+
+    def __init__(self, config: Any, run_folder: Path) -> None:
+        self._config, self._file = config, run_folder / "light-checkpoint.json"
+        self._version = 0
+
+    def begin(self, *, resume: bool, listener: Callable[[float], None]) -> Any:
+        from vcpo.pipeline.controller import Begun
+
+        for _ in range(self._config.warm_start.steps):
+            listener(0.5)
+        trouble("learner:begin")
+        state = json.loads(self._file.read_text()) if resume and self._file.exists() else {}
+        self._version = state.get("version", 0)
+        return Begun(self._version, "light", state.get("position", {}), 1)
+
+    def step(self, records: Sequence[bytes]) -> dict[str, Any]:
+        from vcpo.trajectory import Group
+
+        if self._version == 3:
+            trouble("learner:step")
+        time.sleep(0.005)
+        groups = [Group.from_bytes(record) for record in records]
+        note("trained", version=self._version, groups=[g.index for g in groups])
+        lags = [self._version - g.oldest_version for g in groups]
+        self._version += 1
+        return {
+            "tokens": 1,
+            "lag_max": max(lags),
+            "lag_histogram": {lag: lags.count(lag) for lag in set(lags)},
+        }
+
+    def weights(self) -> tuple[int, dict[str, Any], str]:
+        return self._version, {"version": SimpleNamespace(nbytes=8)}, f"checksum-{self._version}"
+
+    def checkpoint(self, position: dict[str, Any]) -> None:
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps({"version": self._version, "position": position}))
+        partial.replace(self._file)
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir()
+
+
+class LightSampler:
+    """Plays a group by waiting a little."""
+
+    def __init__(self, config: Any) -> None:
+        self._config, self._version = config, 0
+        self.busy_seconds = 0.0
+
+    def begin(self, policy: str) -> None:
+        trouble("sampler:begin")
+        assert policy == "light"
+
+    async def play(self, orders: Sequence[Any], on_group: Callable[[int, bytes], None]) -> None:
+        await asyncio.gather(*(self._play(order, on_group) for order in orders))
+
+    async def _play(self, order: Any, on_group: Callable[[int, bytes], None]) -> None:
+        import numpy as np
+
+        from vcpo.trajectory import Group, Trajectory
+
+        version, empty = self._version, np.zeros(1)
+        if trouble("sampler:play") == "hang":
+            await asyncio.sleep(600)
+        await asyncio.sleep(0.002 * (1 + order.index % 3))
+        sampled = np.array([version])
+        trajectory = Trajectory(empty, np.array([True]), empty, sampled, reward=1.0)
+        note("played", group=order.index)
+        on_group(order.index, Group(order.index, order.index, (trajectory,) * 2, 0.0, version).to_bytes())
+
+    async def publish(self, version: int, weights: dict[str, Any]) -> str:
+        assert weights == {"version": version}, "the file is of another version"
+        self._version = version
+        what = trouble("sampler:publish") if version == 2 else ""
+        if what == "hang":
+            await asyncio.sleep(600)
+        return "nonsense" if what == "wrong" else f"checksum-{version}"
+
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
+        if trouble("sampler:evaluate") == "hang":
+            await asyncio.sleep(600)
+        return [1.0] * count
+
+    async def close(self) -> None:
+        pass
+
+
+def write_weights(path: Path, weights: dict[str, Any]) -> None:
+    note("transfers", folder=str(path.parent))
+    path.write_text(json.dumps({"version": int(path.stem.removeprefix("version-"))}))
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def install(name: str, **content: Any) -> None:
+    module = ModuleType(name)
+    vars(module).update(content)
+    sys.modules[name] = module
+
+
+if "vcpo.runtime.worker" in sys.orig_argv:
+    install("torch", set_num_threads=lambda count: None)
+    install("vcpo.pipeline.services", LearnerService=LightLearner, RolloutService=LightSampler)
+    install("vcpo.policy.weights", write_weights=write_weights, read_weights=read_weights)
