@@ -55,7 +55,8 @@ def variants(load: str, common: dict[str, object], asynchronous: dict[str, objec
     for samplers in (1, 2):
         for threads in (1, 2):
             settings = {"pipeline.lag": 0, "runtime.samplers": samplers, "runtime.threads": threads}
-            found.append(Variant(load, f"lag 0, {samplers} sampler(s), {threads} thread(s)", common | settings))
+            name = f"lag 0, {samplers} sampler(s), {threads} thread(s)"
+            found.append(Variant(load, name, common | settings))
     name = ", ".join(f"{key.split('.')[1]} {value}" for key, value in asynchronous.items())
     return [*found, Variant(load, f"async, {name}", common | asynchronous)]
 
@@ -129,7 +130,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one short run of the likeliest variants")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()

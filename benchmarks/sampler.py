@@ -151,14 +151,14 @@ class Manager:
         self._manager.stop(block=True, timeout=30)
 
 
-def fastest_budget(load: Load) -> int:
+def fastest_budget(load: Load, budgets: Sequence[int]) -> int:
     """The ``max_batch_tokens`` with which the manager is fastest, by the better of two runs each."""
 
     def try_out(max_batch_tokens: int) -> float:
         with closing(Manager(max_batch_tokens)) as manager:
             return min(seconds(lambda: manager.play(load)) for _ in range(2))
 
-    return min(BATCH_TOKENS, key=try_out)
+    return min(budgets, key=try_out)
 
 
 def seconds(play: Play) -> float:
@@ -173,7 +173,7 @@ def summarise(engine: str, load: Load, times: np.ndarray, remark: str = "") -> R
     return Row(engine, load.name, float(np.median(rates)), float(np.median(times)), (low, high), remark)
 
 
-def measure(load: Load, repetitions: int) -> tuple[list[Row], str]:
+def measure(load: Load, budgets: Sequence[int], repetitions: int) -> tuple[list[Row], str]:
     """Both engines in turn under one load, and the sentence that follows from it."""
     sampler = LocalSampler(build_model(), CONTEXT + 1)
 
@@ -182,7 +182,7 @@ def measure(load: Load, repetitions: int) -> tuple[list[Row], str]:
 
     local()
     try:
-        with closing(Manager(fastest_budget(load))) as manager:
+        with closing(Manager(fastest_budget(load, budgets))) as manager:
             manager.play(load)
             pairs = [(seconds(local), seconds(lambda: manager.play(load))) for _ in range(repetitions)]
     except EngineFailure as failure:
@@ -216,8 +216,9 @@ def main() -> None:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it wants psutil, for GPUs
     rows: list[Row] = []
     conclusions: list[str] = []
+    budgets, repetitions = (BATCH_TOKENS[1::2], 5) if arguments.quick else (BATCH_TOKENS, 15)
     for load in LOADS:
-        measured, conclusion = measure(load, repetitions=5 if arguments.quick else 15)
+        measured, conclusion = measure(load, budgets, repetitions)
         rows += measured
         conclusions.append(conclusion)
     console = Console(soft_wrap=True)

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from vcpo.config import ModelConfig
 from vcpo.errors import ModelError
@@ -92,6 +93,11 @@ def load_policy(name: str, config: ModelConfig) -> Policy:
     supported = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = min(config.context_length, supported) if supported else config.context_length
     return Policy(_place(model, config), tokenizer, context, name)
+
+
+def hide_loading_bars() -> None:
+    """No bars of transformers for reading and writing weights: a run has one bar, and it is ours."""
+    transformers_logging.disable_progress_bar()
 
 
 def _place(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:

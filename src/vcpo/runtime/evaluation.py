@@ -15,6 +15,7 @@ from vcpo.learner.checkpoint import latest_checkpoint, read_state
 from vcpo.monitor.progress import Progress
 from vcpo.pipeline.evaluation import success_figures
 from vcpo.pipeline.services import RolloutService
+from vcpo.policy.loading import hide_loading_bars
 from vcpo.policy.weights import read_weights
 
 DEFAULT_RECIPE = Path("maze")
@@ -25,6 +26,7 @@ async def evaluate_inline(
 ) -> dict[str, Any]:
     """Sampled and greedy accuracy with 95 % intervals; ``checkpoint``'s weights replace the policy's."""
     torch.set_num_threads(config.runtime.threads)
+    hide_loading_bars()
     service = RolloutService(config)
     service.begin(policy)
     if checkpoint is not None:

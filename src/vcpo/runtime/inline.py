@@ -23,6 +23,7 @@ from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.services import LearnerService, RolloutService
 from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
+from vcpo.policy.loading import hide_loading_bars
 from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
 
 
@@ -84,6 +85,7 @@ def train_inline(config: Config, run: RunFolder, progress: Progress, *, resume: 
     """Train in this process; the summary, ``completed`` false if interrupted."""
     begun_at = time.perf_counter()
     torch.set_num_threads(config.runtime.threads)
+    hide_loading_bars()
     learner_service, rollout_service = LearnerService(config, run.path), RolloutService(config)
     progress.phase("loading", None)
     begun = learner_service.begin(resume=resume, listener=WarmStartPhase(progress, config.warm_start.steps))
