@@ -17,8 +17,8 @@ from vcpo.learner.checkpoint import latest_checkpoint, load_checkpoint, save_che
 from vcpo.learner.learner import Learner
 from vcpo.policy.loading import Policy
 from vcpo.policy.tokens import character_tokenizer
-from vcpo.policy.weights import checksum, weight_tensors
 from vcpo.trajectory import Group, Trajectory
+from vcpo.weights import checksum, weight_tensors
 
 torch.set_num_threads(1)
 

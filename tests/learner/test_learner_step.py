@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,15 @@ from vcpo.trajectory import Group, Trajectory
 torch.set_num_threads(1)
 
 VOCABULARY = 11
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
 
 
 def tiny_model(kind: str = "llama") -> PreTrainedModel:
@@ -58,7 +66,9 @@ def random_groups(seed: int = 0, sizes: Sequence[int] = (3, 2, 4), staleness: fl
                 Trajectory(
                     tokens=rng.integers(0, VOCABULARY, length).astype(np.int32),
                     action_mask=mask,
-                    log_probs=np.where(mask, -2.4 + staleness * rng.standard_normal(length), 0).astype(np.float32),
+                    log_probs=np.where(mask, -2.4 + staleness * rng.standard_normal(length), 0).astype(
+                        np.float32
+                    ),
                     versions=np.where(mask, 0, -1).astype(np.int32),
                     reward=float(rng.integers(0, 2)) + 0.25 * g,
                 )
@@ -85,7 +95,9 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def vcpo_gradient_by_hand(model: PreTrainedModel, groups: list[Group], truncation: float) -> dict[str, Tensor]:
+def vcpo_gradient_by_hand(
+    model: PreTrainedModel, groups: list[Group], truncation: float
+) -> dict[str, Tensor]:
     """Σ_i −(1/(B·L_i)) min(w_i, c)(R_i − b*) ∇ log π(τ_i), one trajectory and one backward at a time."""
     batch = [(g, t) for g, group in enumerate(groups) for t in group.trajectories]
     count = len(batch)
@@ -158,7 +170,11 @@ def test_grpo_gradient_is_that_of_the_clipped_objective() -> None:
     loss = torch.zeros((), dtype=torch.float64)
     for group, t in batch:
         rewards = torch.tensor(group.rewards, dtype=torch.float64)
-        advantage = float((t.reward - rewards.mean()) / (rewards.std() + 1e-6)) if len(set(group.rewards)) > 1 else 0.0
+        advantage = (
+            float((t.reward - rewards.mean()) / (rewards.std() + 1e-6))
+            if len(set(group.rewards)) > 1
+            else 0.0
+        )
         ratio = (log_probs_of(twin, t) - torch.from_numpy(t.log_probs[t.action_mask]).double()).exp()
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         loss = loss - surrogate.mean() / len(batch)
@@ -170,7 +186,11 @@ def test_grpo_gradient_is_that_of_the_clipped_objective() -> None:
 
 def test_equal_rewards_give_a_gradient_of_exactly_zero_and_a_first_step_that_moves_nothing() -> None:
     groups = [
-        Group(g.index, g.problem, tuple(Trajectory(t.tokens, t.action_mask, t.log_probs, t.versions, 0.7) for t in g.trajectories))
+        Group(
+            g.index,
+            g.problem,
+            tuple(Trajectory(t.tokens, t.action_mask, t.log_probs, t.versions, 0.7) for t in g.trajectories),
+        )
         for g in random_groups(staleness=2.0)
     ]
     for name in ("vcpo", "grpo", "reinforce", "tis"):
@@ -185,7 +205,13 @@ def test_equal_rewards_give_a_gradient_of_exactly_zero_and_a_first_step_that_mov
 def failed_trajectory() -> Trajectory:
     empty = np.zeros(0)
     return Trajectory(
-        empty.astype(np.int32), empty.astype(bool), empty.astype(np.float32), empty.astype(np.int32), 0.0, "failed", "why"
+        empty.astype(np.int32),
+        empty.astype(bool),
+        empty.astype(np.float32),
+        empty.astype(np.int32),
+        0.0,
+        "failed",
+        "why",
     )
 
 
@@ -215,7 +241,7 @@ def test_a_minibatch_of_failed_episodes_only_is_a_step_that_moves_nothing() -> N
 def test_nan_weights_are_named_and_nothing_is_stepped() -> None:
     model = tiny_model()
     with torch.no_grad():
-        model.get_output_embeddings().weight[0, 0] = float("nan")
+        model.get_parameter("lm_head.weight")[0, 0] = float("nan")
     learner = learner_for(model, "vcpo")
     with pytest.raises(NonFiniteError, match="trajectory index 0"):
         learner.step(random_groups())

@@ -71,7 +71,9 @@ def test_a_gradient_that_is_not_finite_is_an_error(bad: float) -> None:
 def test_state_goes_on_exactly_where_it_stopped() -> None:
     straight, first = optimizer_on([1.0, -2.0], learning_rate=0.05, warmup_steps=5)
     broken, second = optimizer_on([1.0, -2.0], learning_rate=0.05, warmup_steps=5)
-    gradients = [torch.randn(2, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    gradients = [
+        torch.randn(2, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(6)
+    ]
     for i, gradient in enumerate(gradients):
         straight.grad, broken.grad = gradient.clone(), gradient.clone()
         first.step(0.7)

@@ -16,7 +16,7 @@ from vcpo.config import ModelConfig
 from vcpo.errors import ModelError
 from vcpo.policy.loading import load_policy, small_policy
 from vcpo.policy.tokens import TokenizerCodec, character_tokenizer
-from vcpo.policy.weights import checksum, weight_tensors
+from vcpo.weights import checksum, weight_tensors
 
 torch.set_num_threads(1)
 

@@ -23,8 +23,8 @@ from vcpo.monitor.sinks import read_metrics
 from vcpo.pipeline.build import build_learner, build_policy, build_rollout_loop
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.policy.loading import Policy
-from vcpo.policy.weights import weight_tensors
 from vcpo.runtime import evaluate, train
+from vcpo.weights import weight_tensors
 
 torch.set_num_threads(1)
 

@@ -21,9 +21,9 @@ from transformers import (
 
 from vcpo.config import SamplerConfig
 from vcpo.errors import ModelError, NonFiniteError, VcpoError
-from vcpo.policy.weights import weight_tensors
 from vcpo.samplers.local import LocalSampler
 from vcpo.samplers.protocol import Completion
+from vcpo.weights import weight_tensors
 
 torch.set_num_threads(1)
 

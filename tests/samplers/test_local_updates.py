@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from vcpo.config import SamplerConfig
 from vcpo.errors import ModelError
-from vcpo.policy.weights import checksum, weight_tensors
 from vcpo.samplers.local import LocalSampler
 from vcpo.samplers.protocol import Completion
+from vcpo.weights import checksum, weight_tensors
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from vcpo.errors import CheckpointError
 from vcpo.learner.learner import Learner
-from vcpo.policy.weights import load_weights, read_weights, weight_tensors, write_weights
+from vcpo.weights import load_weights, read_weights, weight_tensors, write_weights
 
 FOLDER, KEPT = "checkpoints", 2
 _RANDOM_STATE = "torch_random_state"

@@ -63,7 +63,9 @@ class _Minibatch:
 class Learner:
     """Takes optimizer steps on a policy by one algorithm."""
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, config: LearnerConfig, on_policy_ratio: float = 1.0) -> None:
+    def __init__(
+        self, policy: Policy, algorithm: Algorithm, config: LearnerConfig, on_policy_ratio: float = 1.0
+    ) -> None:
         self.policy, self.algorithm = policy, algorithm
         self._config, self._on_policy_ratio = config, on_policy_ratio
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
@@ -107,7 +109,9 @@ class Learner:
         trajectories = [t for g in groups for t in g.trajectories]
         for i, t in enumerate(trajectories):
             if t.action_mask[:1].any():
-                raise VcpoError(f"trajectory {i} begins with a sampled token: an episode must observe a prompt first")
+                raise VcpoError(
+                    f"trajectory {i} begins with a sampled token: an episode must observe a prompt first"
+                )
         counts = torch.tensor([t.action_count for t in trajectories])
         return _Minibatch(
             trajectories=trajectories,

@@ -1,4 +1,7 @@
-"""The figures that explain a step: importance weights, score norms, lag (``monitor.glossary`` has the meanings)."""
+"""The figures that explain a step: importance weights, score norms, lag.
+
+:mod:`vcpo.monitor.glossary` has their meanings.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,9 @@ class StepEvidence:
             token_log_ratios=torch.cat([u.log_ratios[e.mask] for u, e in parts]),
             advantages=torch.cat([u.advantages for u, _ in parts]),
             baselines=torch.cat([u.baselines for u, _ in parts]),
-            truncated=torch.cat([u.truncated[e.mask] if u.truncated.dim() == 2 else u.truncated for u, e in parts]),
+            truncated=torch.cat(
+                [u.truncated[e.mask] if u.truncated.dim() == 2 else u.truncated for u, e in parts]
+            ),
             squared_norms=torch.cat(norms) if norms else None,
         )
 

@@ -10,7 +10,6 @@ charged to the other episodes. Errors of the sampler are nobody's episode: they 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import signal
@@ -64,6 +63,7 @@ class RolloutLoop:
         self._environment, self._sampler = environment, sampler
         self._group_size, self._seed, self._end_id = group_size, seed, end_id
         self._timeout = timeout_seconds
+        self._alarm = _Alarm(timeout_seconds)
         self._limits: set[asyncio.Timeout] = set()
         """Time limits of the episodes in flight."""
         self._sessions = 0
@@ -143,7 +143,7 @@ class RolloutLoop:
                 self._limits.add(limit)
                 try:
                     play = self._environment.play(problem, episode)
-                    reward = await _Guarded(play, self._timeout, partial(self._excuse, limit))
+                    reward = await _Guarded(play, self._alarm, partial(self._excuse, limit))
                 finally:
                     self._limits.discard(limit)
         except TimeoutError:
@@ -215,9 +215,9 @@ class _Guarded:
     """
 
     def __init__(
-        self, coroutine: Coroutine[Any, Any, float], seconds: float, on_blocked: Callable[[float], None]
+        self, coroutine: Coroutine[Any, Any, float], alarm: _Alarm, on_blocked: Callable[[float], None]
     ) -> None:
-        self._coroutine, self._seconds, self._on_blocked = coroutine, seconds, on_blocked
+        self._coroutine, self._alarm, self._on_blocked = coroutine, alarm, on_blocked
 
     def __await__(self) -> Generator[Any, Any, float]:
         # Python's own rules of delegation (PEP 380) between the event loop and the environment's coroutine.
@@ -226,7 +226,7 @@ class _Guarded:
         while True:
             begun = time.perf_counter()
             try:
-                with _alarm(self._seconds):
+                with self._alarm:
                     waiting = self._coroutine.send(value) if thrown is None else self._coroutine.throw(thrown)
             except StopIteration as stop:
                 return stop.value
@@ -240,19 +240,22 @@ class _Guarded:
                 thrown = error
 
 
-@contextlib.contextmanager
-def _alarm(seconds: float) -> Generator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if signal.getsignal(signal.SIGALRM) is not _on_alarm:
-        signal.signal(signal.SIGALRM, _on_alarm)
-    # Again and again, for code that catches whatever is raised in it.
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+class _Alarm:
+    """Within it, code that blocks for longer than ``seconds`` is interrupted by :func:`_on_alarm`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, _on_alarm)
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # Again and again, for code that catches whatever is raised in it.
+            signal.setitimer(signal.ITIMER_REAL, self._seconds, self._seconds)
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _on_alarm(number: int, frame: FrameType | None) -> None:

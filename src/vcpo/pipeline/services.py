@@ -26,9 +26,9 @@ from vcpo.pipeline.build import (
 from vcpo.pipeline.controller import Begun
 from vcpo.pipeline.rollout import GroupOrder, RolloutLoop, gather_all
 from vcpo.policy.loading import Policy, load_policy
-from vcpo.policy.weights import checksum, weight_tensors
 from vcpo.samplers.local import LocalSampler
 from vcpo.trajectory import Group
+from vcpo.weights import checksum, weight_tensors
 
 
 class LearnerService:

@@ -16,7 +16,7 @@ from vcpo.monitor.progress import Progress
 from vcpo.pipeline.evaluation import success_figures
 from vcpo.pipeline.services import RolloutService
 from vcpo.policy.loading import hide_loading_bars
-from vcpo.policy.weights import read_weights
+from vcpo.weights import read_weights
 
 DEFAULT_RECIPE = Path("maze")
 

@@ -99,7 +99,7 @@ class LearnerProcess:
         When version v is written, every sampler serves v - 2 already: the controller waits for v - 1 to be
         served before it sends v. So older files can go.
         """
-        from vcpo.policy.weights import write_weights
+        from vcpo.weights import write_weights
 
         version, weights, checksum = self._service.weights()
         if self._transfer is None:
@@ -168,7 +168,7 @@ class SamplerProcess:
         return {}
 
     async def do_publish(self, header: dict[str, Any]) -> Reply:
-        from vcpo.policy.weights import read_weights
+        from vcpo.weights import read_weights
 
         weights = read_weights(Path(header["source"]))
         return {"checksum": await self._service.publish(header["version"], weights)}

@@ -39,10 +39,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from vcpo.config import SamplerConfig
 from vcpo.errors import ModelError, NonFiniteError, VcpoError
-from vcpo.policy.weights import Weights, checksum, load_weights, weight_tensors
 from vcpo.samplers.cache import SlotCache
 from vcpo.samplers.protocol import Completion
 from vcpo.samplers.random import uniforms
+from vcpo.weights import Weights, checksum, load_weights, weight_tensors
 
 SHARED_PREFILL = 4
 """Shortest feed for which looking for equal prompts pays."""

@@ -158,4 +158,4 @@ def install(name: str, **content: Any) -> None:
 if "vcpo.runtime.worker" in sys.orig_argv:
     install("torch", set_num_threads=lambda count: None)
     install("vcpo.pipeline.services", LearnerService=LightLearner, RolloutService=LightSampler)
-    install("vcpo.policy.weights", write_weights=write_weights, read_weights=read_weights)
+    install("vcpo.weights", write_weights=write_weights, read_weights=read_weights)

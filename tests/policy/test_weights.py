@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vcpo.errors import ModelError
-from vcpo.policy.weights import checksum, load_weights, read_weights, weight_tensors, write_weights
+from vcpo.weights import checksum, load_weights, read_weights, weight_tensors, write_weights
 
 torch.set_num_threads(1)
 
