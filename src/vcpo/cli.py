@@ -87,11 +87,11 @@ def train(
     vcpo train jsonl --model.name PATH_OR_HUB_ID --environment.path problems.jsonl
     vcpo train --resume runs/a                        go on after a stop or a crash
     """
-    from vcpo.config import apply_overrides, load_config
+    from vcpo.config import apply_overrides, default_recipe, load_config
 
     recipe, overrides = _split(context, arguments)
     if resume is None:
-        config = load_config(recipe or "maze", overrides)
+        config = load_config(recipe or default_recipe(overrides), overrides)
     elif recipe is None:
         config = apply_overrides(load_config(_run_folder(resume) / "config.toml"), overrides)
     else:
@@ -183,10 +183,10 @@ def config(context: typer.Context, arguments: RecipeAndSettings = None) -> None:
     vcpo config
     vcpo config sort --pipeline.lag 8 > my.toml
     """
-    from vcpo.config import dump_toml, load_config
+    from vcpo.config import default_recipe, dump_toml, load_config
 
     recipe, overrides = _split(context, arguments)
-    typer.echo(dump_toml(load_config(recipe or "maze", overrides), explain=True), nl=False)
+    typer.echo(dump_toml(load_config(recipe or default_recipe(overrides), overrides), explain=True), nl=False)
 
 
 def _split(context: typer.Context, arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:

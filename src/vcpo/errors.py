@@ -37,7 +37,7 @@ class NonFiniteError(VcpoError):
     def __init__(self, quantity: str, index: int | None, hint: str = "") -> None:
         where = "" if index is None else f" at trajectory index {index}"
         super().__init__(f"non-finite {quantity}{where}" + (f": {hint}" if hint else ""))
-        self.quantity, self.index = quantity, index
+        self.quantity, self.index, self.hint = quantity, index, hint
 
 
 class EnvironmentFailure(VcpoError):

@@ -317,7 +317,7 @@ def test_splits_share_no_prompt() -> None:
 def test_play(ending: list[int], reward: float) -> None:
     problem = COUNTDOWN.problem(0, "train")
     answer = [*CODEC.encode(problem.answer.solution), *ending]
-    episode = Episode(OneAnswer(answer), seed=0, session=0, end_id=END)
+    episode = Episode(OneAnswer(answer), seed=0, session=0, stop=frozenset((END,)))
     record = episode.trajectory(asyncio.run(COUNTDOWN.play(problem, episode)))
     shown = CODEC.encode(problem.prompt)
     assert record.reward == reward
@@ -327,7 +327,7 @@ def test_play(ending: list[int], reward: float) -> None:
 
 
 def test_an_empty_answer_is_wrong() -> None:
-    episode = Episode(OneAnswer([END]), seed=0, session=0, end_id=END)
+    episode = Episode(OneAnswer([END]), seed=0, session=0, stop=frozenset((END,)))
     assert asyncio.run(COUNTDOWN.play(COUNTDOWN.problem(0, "train"), episode)) == 0.0
 
 

@@ -56,7 +56,7 @@ class ScriptedSampler:
 
 
 def episode_of(sampler: ScriptedSampler, greedy: bool = False) -> Episode:
-    return Episode(sampler, seed=7, session=3, end_id=END, greedy=greedy)
+    return Episode(sampler, seed=7, session=3, stop=frozenset((END,)), greedy=greedy)
 
 
 def test_record_of_two_turns() -> None:
@@ -91,12 +91,14 @@ def test_record_of_two_turns() -> None:
 
 def test_one_move_without_a_stop_token_is_not_truncated() -> None:
     episode = episode_of(ScriptedSampler([[5]]))
+    episode.observe([1])
     asyncio.run(episode.act(max_tokens=1, stop=frozenset()))
     assert episode.outcome == "finished"
 
 
 def test_an_answer_cut_by_its_limit_is_truncated() -> None:
     episode = episode_of(ScriptedSampler([[5, 6, 7, END]]))
+    episode.observe([1])
     assert asyncio.run(episode.act(max_tokens=3)) == [5, 6, 7]
     assert episode.outcome == "truncated"
 

@@ -224,7 +224,9 @@ def test_a_prompt_that_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def play(path: Path, response: str, ending: Sequence[int] = (END,), **settings: Any) -> tuple[float, str]:
     environment = JsonLines(CODEC, config_of(path, **settings))
-    episode = Episode(OneAnswer([*CODEC.encode(response), *ending]), seed=0, session=0, end_id=END)
+    episode = Episode(
+        OneAnswer([*CODEC.encode(response), *ending]), seed=0, session=0, stop=frozenset((END,))
+    )
     record = episode.trajectory(asyncio.run(environment.play(environment.problem(0, "train"), episode)))
     shown = CODEC.encode_prompt("6*7=")
     assert record.tokens.tolist()[: len(shown)] == shown
@@ -258,7 +260,7 @@ def test_an_answer_cut_by_its_limit(tmp_path: Path) -> None:
 
 def test_playing_an_unchecked_prompt_overflows(tmp_path: Path) -> None:
     environment = JsonLines(CODEC, config_of(write(tmp_path, {"prompt": "6*7=", "answer": 42})))
-    episode = Episode(OneAnswer([END], context_length=4), seed=0, session=0, end_id=END)
+    episode = Episode(OneAnswer([END], context_length=4), seed=0, session=0, stop=frozenset((END,)))
     with pytest.raises(ContextOverflowError, match="5 observed tokens do not fit"):
         asyncio.run(environment.play(environment.problem(0, "train"), episode))
 

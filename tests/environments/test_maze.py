@@ -125,7 +125,7 @@ def maze_of(**settings: int) -> tuple[Maze, CharCodec]:
 
 def play(maze: Maze, problem: Problem, sampler: ScriptedSampler) -> Trajectory:
     async def run() -> Trajectory:
-        episode = Episode(sampler, seed=0, session=0, end_id=0)
+        episode = Episode(sampler, seed=0, session=0, stop=frozenset((0,)))
         return episode.trajectory(await maze.play(problem, episode))
 
     return asyncio.run(run())

@@ -80,7 +80,7 @@ PROBLEM = Problem(0, "314159>", "113459")
 
 def play(answer: Sequence[int]) -> Trajectory:
     async def run() -> Trajectory:
-        episode = Episode(OneAnswer(answer), seed=0, session=0, end_id=END)
+        episode = Episode(OneAnswer(answer), seed=0, session=0, stop=frozenset((END,)))
         return episode.trajectory(await SORT.play(PROBLEM, episode))
 
     return asyncio.run(run())

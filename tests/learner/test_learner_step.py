@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from vcpo.algorithms.catalog import get_algorithm
@@ -289,3 +297,59 @@ def test_algorithm_overrides_reach_the_step() -> None:
     algorithm = get_algorithm("vcpo").with_overrides(AlgorithmConfig.model_validate({"step_scale": "off"}))
     learner = Learner(policy_of(tiny_model()), algorithm, LearnerConfig())
     assert learner.step(random_groups(staleness=2.0))["step_scale"] == 1.0
+
+
+@pytest.mark.parametrize("token_budget", [1, 30, 10_000])
+def test_the_offending_trajectory_is_named_by_its_place_in_the_minibatch(token_budget: int) -> None:
+    groups = random_groups(sizes=(2, 2, 2))
+    broken = groups[2].trajectories[1]
+    broken.log_probs[np.flatnonzero(broken.action_mask)[0]] = np.inf
+    for name in ("vcpo", "grpo"):
+        with pytest.raises(NonFiniteError) as caught:
+            learner_for(tiny_model(), name, token_budget=token_budget).step(groups)
+        assert caught.value.index == 5
+
+
+def test_failed_episodes_do_not_enter_the_ess() -> None:
+    """All others drifted to weights of about e^-20: a failed episode's weight of 1 would own the sum."""
+    groups = random_groups(sizes=(4,), staleness=0.3)
+    for t in groups[0].trajectories:
+        t.log_probs[t.action_mask] += 5.0
+    model = tiny_model()
+    alone = learner_for(copy.deepcopy(model), "vcpo").step(groups)
+    with_failed = [Group(0, 0, (*groups[0].trajectories, failed_trajectory()))]
+    both = learner_for(model, "vcpo").step(with_failed)
+    assert both["ess_ratio"] == pytest.approx(alone["ess_ratio"], rel=1e-9)
+    assert both["step_scale"] == pytest.approx(alone["step_scale"], rel=1e-9)
+
+
+def test_a_model_that_lets_packed_sequences_see_each_other_gets_a_row_for_each() -> None:
+    """OPT numbers positions by its padding mask and ignores position ids."""
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            max_position_embeddings=64,
+            dropout=0.0,
+        )
+    )
+    with torch.no_grad():
+        for p in opt.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    opt = opt.double().eval()
+    groups = random_groups()
+    twin = copy.deepcopy(opt)
+    batch = [(group, t) for group in groups for t in group.trajectories]
+    loss = torch.zeros((), dtype=torch.float64)
+    for group, t in batch:
+        others = (sum(group.rewards) - t.reward) / (len(group.rewards) - 1)
+        loss = loss - (t.reward - others) * log_probs_of(twin, t).mean() / len(batch)
+    loss.backward()
+    learner_for(opt, "reinforce").step(groups)
+    for (name, p), q in zip(opt.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7, msg=name)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vcpo.environments.protocol import Episode, Problem, Split
-from vcpo.errors import ContextOverflowError, EnvironmentFailure, NonFiniteError, VcpoError
+from vcpo.errors import ContextOverflowError, DataError, EnvironmentFailure, NonFiniteError, VcpoError
 from vcpo.pipeline.rollout import GroupOrder, RolloutLoop
 from vcpo.samplers.protocol import Completion
 from vcpo.samplers.random import uniforms
@@ -97,7 +97,7 @@ def make_loop(
 ) -> tuple[RolloutLoop, CountingSampler]:
     sampler = CountingSampler()
     loop = RolloutLoop(
-        Scripted(play), sampler, group_size=size, seed=seed, end_id=END, timeout_seconds=timeout
+        Scripted(play), sampler, group_size=size, seed=seed, stop=frozenset((END,)), timeout_seconds=timeout
     )
     return loop, sampler
 
@@ -174,14 +174,14 @@ def test_a_group_is_the_same_whatever_is_played_beside_it() -> None:
 def test_runs_of_different_seeds_see_different_problems() -> None:
     loop, _ = make_loop(well_behaved)
     other, _ = make_loop(well_behaved, seed=1)
-    streams = [{lo.training_problem(i).index for i in range(1000)} for lo in (loop, other)]
+    streams = [{lo.training_index(i) for i in range(1000)} for lo in (loop, other)]
     assert [len(s) for s in streams] == [1000, 1000]
     assert not streams[0] & streams[1]
 
 
 def test_an_evaluation_repeats_itself_and_is_not_the_training() -> None:
     environment, sampler = Scripted(well_behaved), CountingSampler()
-    loop = RolloutLoop(environment, sampler, group_size=2, seed=0, end_id=END, timeout_seconds=9)
+    loop = RolloutLoop(environment, sampler, group_size=2, seed=0, stop=frozenset((END,)), timeout_seconds=9)
     first = asyncio.run(loop.evaluate(2, 3, greedy=False))
     second = asyncio.run(loop.evaluate(3, 2, greedy=False))
     assert environment.asked == [(i, "held_out") for i in (2, 3, 4, 3, 4)]
@@ -280,16 +280,43 @@ def test_what_is_no_ordinary_exception_costs_its_episode_too(error: BaseExceptio
         assert_failed(trajectory, f"{type(error).__name__}: {error}")
 
 
-def test_a_problem_that_cannot_be_made_ends_the_run_under_our_own_name() -> None:
-    class Broken(Scripted):
-        def problem(self, index: int, split: Split) -> Problem:
-            raise IndexError("no such line")
+class NoProblem(Scripted):
+    """Makes problem 5, and no other."""
 
-    loop = RolloutLoop(
-        Broken(well_behaved), CountingSampler(), group_size=2, seed=0, end_id=END, timeout_seconds=9
+    def problem(self, index: int, split: Split) -> Problem:
+        if index != 5:
+            raise IndexError("no such line")
+        return super().problem(index, split)
+
+
+def loop_without_problems() -> RolloutLoop:
+    return RolloutLoop(
+        NoProblem(well_behaved),
+        CountingSampler(),
+        group_size=2,
+        seed=0,
+        stop=frozenset((END,)),
+        timeout_seconds=9,
     )
-    with pytest.raises(EnvironmentFailure, match="could not make train problem 6: IndexError: no such line"):
-        asyncio.run(loop.play_group(GroupOrder(6, 0)))
+
+
+def test_a_problem_that_cannot_be_made_costs_its_group_and_no_other() -> None:
+    loop = loop_without_problems()
+    good, bad = asyncio.run(loop.play_groups([GroupOrder(5, 0), GroupOrder(6, 0)]))
+    for trajectory in good.trajectories:
+        assert_well_played(trajectory)
+    for trajectory in bad.trajectories:
+        assert_failed(trajectory, "could not make train problem 6: IndexError: no such line")
+
+
+def test_an_environment_that_never_worked_ends_the_run_at_its_first_evaluation() -> None:
+    loop = loop_without_problems()
+    with pytest.raises(
+        EnvironmentFailure, match="failed in all of 3 episodes; the first: could not make held_out"
+    ):
+        asyncio.run(loop.evaluate(0, 3, greedy=True))
+    asyncio.run(loop.play_group(GroupOrder(5, 0)))  # it works: from now on failures are counted, not raised
+    assert [t.outcome for t in asyncio.run(loop.evaluate(0, 3, greedy=True))] == ["failed"] * 3
 
 
 # Environments that hang
@@ -394,11 +421,78 @@ def test_an_error_of_the_sampler_is_raised_as_itself_and_ends_everything(error: 
     assert raised.value is error
 
 
-def test_an_error_of_our_own_that_is_the_environments_costs_its_episode() -> None:
+def test_an_error_of_the_sampler_ends_everything_though_the_environment_hides_it() -> None:
     async def play(problem: Problem, episode: Episode) -> float:
-        raise ContextOverflowError("too long")
+        episode.observe(PROMPT)
+        try:
+            await episode.act(2)
+        except Exception:
+            return 1.0
+        return 0.0
 
-    assert_failed(play_one(play).trajectories[0], "too long")
+    loop, sampler = make_loop(play)
+    sampler.error = NonFiniteError("logits", None, "broken")
+    with pytest.raises(NonFiniteError):
+        asyncio.run(loop.play_group(GroupOrder(4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (ContextOverflowError("too long"), "too long"),
+        (EnvironmentFailure("no token 99"), "no token 99"),
+    ],
+)
+def test_a_request_that_the_sampler_refuses_costs_its_episode(error: Exception, note: str) -> None:
+    loop, sampler = make_loop(well_behaved)
+    sampler.error = error
+    assert_failed(asyncio.run(loop.play_group(GroupOrder(4, 2))).trajectories[0], note)
+
+
+def test_an_error_of_our_own_that_is_the_environments_costs_its_episode() -> None:
+    for error, note in (
+        (ContextOverflowError("too long"), "too long"),
+        (DataError("line 3"), "DataError: line 3"),
+    ):
+
+        async def play(problem: Problem, episode: Episode, error: Exception = error) -> float:
+            raise error
+
+        assert_failed(play_one(play).trajectories[0], note)
+
+
+def test_misuse_of_an_episode_costs_that_episode() -> None:
+    async def without_prompt(problem: Problem, episode: Episode) -> float:
+        await episode.act(2)
+        return 1.0
+
+    async def twice_at_once(problem: Problem, episode: Episode) -> float:
+        episode.observe(PROMPT)
+        await asyncio.gather(episode.act(2), episode.act(2))
+        return 1.0
+
+    assert_failed(
+        play_one(without_prompt).trajectories[0], "act before observe: show the model a prompt first"
+    )
+    assert_failed(play_one(twice_at_once).trajectories[0], "two calls of act at once: await the first")
+
+
+def test_waiting_for_the_sampler_is_not_charged_to_the_episode() -> None:
+    """The sampler takes 0.5 s a turn, the environment 0.05 s; the limit is 0.3 s."""
+
+    class Slow(CountingSampler):
+        async def generate(self, tokens: Any, **settings: Any) -> Completion:
+            await asyncio.sleep(0.5)
+            return await super().generate(tokens, **settings)
+
+    async def play(problem: Problem, episode: Episode) -> float:
+        await asyncio.sleep(0.05)
+        return await well_behaved(problem, episode)
+
+    loop = RolloutLoop(
+        Scripted(play), Slow(), group_size=1, seed=0, stop=frozenset((END,)), timeout_seconds=0.3
+    )
+    assert_well_played(asyncio.run(loop.play_group(GroupOrder(4, 2))).trajectories[0])
 
 
 def test_cancelling_a_group_cancels_its_episodes_and_is_no_failure() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from vcpo.config import SamplerConfig
-from vcpo.errors import ModelError, NonFiniteError, VcpoError
+from vcpo.errors import EnvironmentFailure, ModelError, NonFiniteError, VcpoError, WorkerError
 from vcpo.samplers.local import LocalSampler
 from vcpo.samplers.protocol import Completion
 from vcpo.weights import weight_tensors
@@ -106,7 +106,7 @@ def test_a_forward_that_raises_leaves_no_trust_in_what_it_should_have_cached(
         sampler = LocalSampler(model, CONTEXT)
         with monkeypatch.context() as patch:
             patch.setattr(model, "forward", lambda **_: (_ for _ in ()).throw(MemoryError("no room")))
-            with pytest.raises(MemoryError, match="no room"):
+            with pytest.raises(WorkerError, match="the local sampler failed: MemoryError: no room"):
                 await sampler.generate(prompt, max_tokens=3, stop=NEVER, seed=0, session=0)
         return await sampler.generate(prompt, max_tokens=3, stop=NEVER, seed=0, session=0)
 
@@ -120,11 +120,13 @@ def test_a_forward_that_raises_leaves_no_trust_in_what_it_should_have_cached(
         ([3] * 30, 3, r"30 \+ 3 tokens do not fit in the context of 32"),
         ([3] * 33, 1, "do not fit"),
         ([3], 0, "at least one token"),
+        ([3, VOCABULARY], 4, "token 13 is not in the model's vocabulary of 13"),
+        ([-1, 3], 4, "token -1 is not in"),
     ],
 )
 def test_impossible_requests_are_refused(prompt: list[int], max_tokens: int, message: str) -> None:
     sampler = LocalSampler(llama(), CONTEXT)
-    with pytest.raises(VcpoError, match=message):
+    with pytest.raises(EnvironmentFailure, match=message):
         asyncio.run(sampler.generate(prompt, max_tokens=max_tokens, stop=NEVER, seed=0))
 
 

@@ -131,7 +131,7 @@ def ragged_scripts(episodes: int) -> list[tuple[list[int], list[Turn]]]:
 async def play(
     sampler: LocalSampler, number: int, prompt: Sequence[int], turns: Sequence[Turn]
 ) -> Trajectory:
-    episode = Episode(sampler, seed=number, session=number, end_id=2)
+    episode = Episode(sampler, seed=number, session=number, stop=frozenset((2,)))
     episode.observe(prompt)
     for max_tokens, observation in turns:
         await episode.act(max_tokens, NEVER)
@@ -195,7 +195,7 @@ def test_an_idle_session_is_evicted_and_fed_again() -> None:
     sampler = LocalSampler(model, CONTEXT, SamplerConfig(slots=2))
 
     async def in_turn() -> list[Trajectory]:
-        episodes = [Episode(sampler, seed=i, session=i, end_id=2) for i in range(5)]
+        episodes = [Episode(sampler, seed=i, session=i, stop=frozenset((2,))) for i in range(5)]
         for i, episode in enumerate(episodes):
             episode.observe(random_tokens(3 + i, i))
         for turn in range(3):

@@ -5,7 +5,7 @@
 command line, :mod:`~vcpo.config.write` writes them back.
 """
 
-from vcpo.config.load import apply_overrides, load_config
+from vcpo.config.load import apply_overrides, default_recipe, load_config
 from vcpo.config.recipes import find_recipe, recipe_names
 from vcpo.config.sections import (
     AlgorithmConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "Section",
     "WarmStartConfig",
     "apply_overrides",
+    "default_recipe",
     "dump_toml",
     "find_recipe",
     "load_config",

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from vcpo.config.recipes import find_recipe
+from vcpo.config.recipes import find_recipe, recipe_names
 from vcpo.config.sections import Config
 from vcpo.config.settings import SETTINGS, Setting, hint
 from vcpo.errors import ConfigError
@@ -32,6 +32,12 @@ def load_config(recipe: Path | str | None, overrides: Sequence[str] = ()) -> Con
         ConfigError: no such file, broken TOML, an unknown name, a value of wrong type or out of range.
     """
     return apply_overrides(_read(find_recipe(recipe)) if recipe is not None else Config(), overrides)
+
+
+def default_recipe(overrides: Sequence[str]) -> str:
+    """The recipe of a command that names none: that of the environment it asks for, else the maze."""
+    kind = dict(_pairs(overrides)).get("environment.kind")
+    return kind if kind in recipe_names() else "maze"
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:

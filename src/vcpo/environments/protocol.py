@@ -26,14 +26,15 @@ problems (``FiniteEnvironment``).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from vcpo.errors import ContextOverflowError
-from vcpo.samplers.protocol import Sampler
+from vcpo.errors import ContextOverflowError, EnvironmentFailure
+from vcpo.samplers.protocol import Completion, Sampler
 from vcpo.trajectory import NOT_SAMPLED, Outcome, Trajectory
 
 Split = Literal["train", "held_out"]
@@ -151,16 +152,26 @@ class Episode:
         *,
         seed: int,
         session: int,
-        end_id: int,
+        stop: frozenset[int],
         greedy: bool = False,
     ) -> None:
         self._sampler = sampler
-        self._seed, self._session, self._end_id, self._greedy = seed, session, end_id, greedy
+        self._seed, self._session, self._stop, self._greedy = seed, session, stop, greedy
         self._tokens: list[int] = []
         self._mask: list[bool] = []
         self._log_probs: list[float] = []
         self._versions: list[int] = []
         self.outcome: Outcome = "finished"
+        self.sampler_error: Exception | None = None
+        """What the sampler failed with, if it did: that is not the environment's fault."""
+        self._sampled_seconds = 0.0
+        self._sampling_since: float | None = None
+
+    @property
+    def sampling_seconds(self) -> float:
+        """Time spent waiting for the sampler, a call under way included."""
+        under_way = 0.0 if self._sampling_since is None else time.perf_counter() - self._sampling_since
+        return self._sampled_seconds + under_way
 
     @property
     def tokens(self) -> list[int]:
@@ -190,18 +201,35 @@ class Episode:
         if limit <= 0:
             self.outcome = "truncated"
             return []
-        completion = await self._sampler.generate(
-            self._tokens,
-            max_tokens=limit,
-            stop=frozenset((self._end_id,)) if stop is None else stop,
-            seed=self._seed,
-            greedy=self._greedy,
-            session=self._session,
-        )
+        completion = await self._generate(limit, self._stop if stop is None else stop)
         if completion.finish == "length" and (max_tokens > 1 or limit < max_tokens):
             self.outcome = "truncated"
         self._append(completion.tokens, True, completion.log_probs, completion.versions)
         return completion.tokens
+
+    async def _generate(self, limit: int, stop: frozenset[int]) -> Completion:
+        if not self._tokens:
+            raise EnvironmentFailure("act before observe: show the model a prompt first")
+        if self._sampling_since is not None:
+            raise EnvironmentFailure("two calls of act at once: await the first")
+        self._sampling_since = time.perf_counter()
+        try:
+            return await self._sampler.generate(
+                self._tokens,
+                max_tokens=limit,
+                stop=stop,
+                seed=self._seed,
+                greedy=self._greedy,
+                session=self._session,
+            )
+        except EnvironmentFailure:  # the call was wrong, not the sampler
+            raise
+        except Exception as error:
+            self.sampler_error = error
+            raise
+        finally:
+            self._sampled_seconds = self.sampling_seconds
+            self._sampling_since = None
 
     def _append(
         self, tokens: Sequence[int], sampled: bool, log_probs: Sequence[float], versions: Sequence[int]

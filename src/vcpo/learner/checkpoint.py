@@ -43,7 +43,8 @@ def save_checkpoint(run_folder: Path, learner: Learner, state: dict[str, Any]) -
     """Write a checkpoint of the learner as it stands; ``state`` is kept beside it as JSON."""
     final = checkpoint_path(run_folder, learner.version)
     partial = final.with_name(f".partial-{final.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in final.parent.glob(".partial-*"):  # of a learner that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     write_weights(partial / "weights.safetensors", weight_tensors(learner.policy.model))
     write_weights(

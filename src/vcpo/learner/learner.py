@@ -18,8 +18,10 @@ enter it once, and no trajectory needs a backward pass of its own.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +30,16 @@ from torch import Tensor
 
 from vcpo.algorithms.composition import Algorithm, Evidence, Update
 from vcpo.config import LearnerConfig
-from vcpo.errors import VcpoError
+from vcpo.errors import NonFiniteError, VcpoError
 from vcpo.learner.measurements import StepEvidence, group_metrics
 from vcpo.learner.optimizer import ScaledAdamW
 from vcpo.policy.loading import Policy
-from vcpo.policy.log_probs import sampled_log_probs
+from vcpo.policy.log_probs import keeps_packed_apart, sampled_log_probs
 from vcpo.policy.packing import PackedRows, micro_batches, pack
 from vcpo.scores.tape import ScoreTape
 from vcpo.trajectory import Group, Trajectory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class Learner:
         self.policy, self.algorithm = policy, algorithm
         self._config, self._on_policy_ratio = config, on_policy_ratio
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
+        self._packed = keeps_packed_apart(policy.model)
+        if not self._packed:
+            name = type(policy.model).__name__
+            log.warning(
+                "%s does not keep packed sequences apart: each trajectory gets a row of its own", name
+            )
         # Made here, so that an unsupported layer is named before anything is sampled.
         self._tape = ScoreTape(policy.model) if algorithm.needs_score_norms else None
 
@@ -83,7 +93,7 @@ class Learner:
         batch = self._minibatch(groups)
         self.optimizer.zero_grad()
         loss, parts = 0.0, []
-        for unit in micro_batches(batch.trajectories, batch.groups, self._config.token_budget):
+        for unit in self._units(batch):
             part, unit_loss = self._accumulate(unit, batch)
             parts.append(part)
             loss += unit_loss
@@ -120,12 +130,17 @@ class Learner:
             rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
         )
 
+    def _units(self, batch: _Minibatch) -> list[list[list[int]]]:
+        budget = self._config.token_budget
+        return micro_batches(batch.trajectories, batch.groups, budget, packed=self._packed)
+
     def _accumulate(self, unit: list[list[int]], batch: _Minibatch) -> tuple[tuple[Update, Evidence], float]:
         """Add one unit's gradient to the parameters'; what was measured, and the unit's loss."""
         keep_graph = len(unit) == 1
         measured = [self._measure(members, batch, keep_graph=keep_graph) for members in unit]
         evidence = _evidence(measured, batch)
-        update = self.algorithm.update(evidence)
+        with _naming([i for part in measured for i in part.members]):
+            update = self.algorithm.update(evidence)
         loss, begin = 0.0, 0
         for part in measured:
             end = begin + len(part.members)
@@ -143,7 +158,9 @@ class Learner:
     def _measure(self, members: list[int], batch: _Minibatch, *, keep_graph: bool) -> _Measured:
         model = self.policy.model
         pad = model.config.get_text_config().pad_token_id or 0
-        rows = pack([batch.trajectories[i] for i in members], pad_id=pad).to(model.device)
+        rows = pack([batch.trajectories[i] for i in members], pad_id=pad, packed=self._packed).to(
+            model.device
+        )
         if self._tape is None:
             with torch.set_grad_enabled(keep_graph):
                 return _Measured(members, rows, sampled_log_probs(model, rows), None)
@@ -151,8 +168,21 @@ class Learner:
             log_probs = sampled_log_probs(model, rows)
         normalisers = batch.normalisers[members].to(log_probs)
         objective = (normalisers[rows.action_owners] * log_probs).sum()
-        norms = tape.squared_norms(objective, rows.segments, rows.count, retain_graph=keep_graph)
+        with _naming(members):
+            norms = tape.squared_norms(objective, rows.segments, rows.count, retain_graph=keep_graph)
         return _Measured(members, rows, log_probs if keep_graph else log_probs.detach(), norms)
+
+
+@contextlib.contextmanager
+def _naming(members: Sequence[int]) -> Generator[None]:
+    """Within it, a part of the minibatch is measured: ``members`` are its trajectories. An error that names
+    a trajectory by its place in the part is raised again with its place in the minibatch."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if error.index is None:
+            raise
+        raise NonFiniteError(error.quantity, members[error.index], error.hint) from None
 
 
 def _evidence(measured: list[_Measured], batch: _Minibatch) -> Evidence:

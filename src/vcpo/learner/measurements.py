@@ -24,9 +24,9 @@ class StepEvidence:
     """What all units of one minibatch measured, flattened."""
 
     log_weights: Tensor
-    """[B] unclipped sequence log importance weights."""
+    """Unclipped sequence log importance weights of the trajectories with sampled tokens."""
     used_log_weights: Tensor | None
-    """[B] log of the truncated weights that the update used; None if it weighs tokens one by one."""
+    """Log of the truncated weights of the same; None if the update weighs tokens one by one."""
     token_log_ratios: Tensor
     """[N] log π − log μ of every sampled token."""
     advantages: Tensor
@@ -41,10 +41,14 @@ class StepEvidence:
     @staticmethod
     def of(parts: Sequence[tuple[Update, Evidence]]) -> StepEvidence:
         norms = [e.squared_score_norms for _, e in parts if e.squared_score_norms is not None]
+        # A trajectory without sampled tokens (a failed episode) has weight 1 and no gradient. Where the
+        # others have drifted to small weights it would own the ESS; it says nothing about the policies.
+        sampled = [e.mask.any(-1) for _, e in parts]
         used = [u.used_log_weights for u, _ in parts]
+        by_trajectory = used[0].dim() == 1
         return StepEvidence(
-            log_weights=torch.cat([u.log_weights for u, _ in parts]),
-            used_log_weights=torch.cat(used) if used[0].dim() == 1 else None,
+            log_weights=_where_sampled([u.log_weights for u, _ in parts], sampled),
+            used_log_weights=_where_sampled(used, sampled) if by_trajectory else None,
             token_log_ratios=torch.cat([u.log_ratios[e.mask] for u, e in parts]),
             advantages=torch.cat([u.advantages for u, _ in parts]),
             baselines=torch.cat([u.baselines for u, _ in parts]),
@@ -78,6 +82,12 @@ class StepEvidence:
             norms = self.squared_norms.sqrt()
             figures |= {"score_norm_mean": norms.mean(), "score_norm_max": norms.max()}
         return {name: float(value) for name, value in figures.items()}
+
+
+def _where_sampled(parts: Sequence[Tensor], sampled: Sequence[Tensor]) -> Tensor:
+    """Entries of trajectories with sampled tokens; a single weight of 1 if there is none at all."""
+    chosen = torch.cat([part[keep] for part, keep in zip(parts, sampled, strict=True)])
+    return chosen if len(chosen) else torch.zeros(1)
 
 
 def group_metrics(groups: Sequence[Group], version: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -19,9 +20,15 @@ from torch import nn
 from vcpo.config import LearnerConfig
 from vcpo.errors import NonFiniteError, VcpoError
 
+_MASTER = "master"
+
 
 class ScaledAdamW:
-    """AdamW over the trainable parameters, with linear warm-up and a per-step scale."""
+    """AdamW over the trainable parameters, with linear warm-up and a per-step scale.
+
+    Parameters of fewer than 32 bits have a master copy in float32, on which the steps are taken: in bfloat16
+    most steps of a usual learning rate round to nothing, and the moments cannot decay.
+    """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: LearnerConfig) -> None:
         named = [(name, p) for name, p in parameters if p.requires_grad]
@@ -29,9 +36,10 @@ class ScaledAdamW:
             raise VcpoError("the model has no trainable parameter: nothing to learn")
         self._names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
+        self._masters = [p if p.dtype.itemsize >= 4 else p.detach().float() for p in self._parameters]
         self._config = config
         self._adamw = torch.optim.AdamW(
-            self._parameters,
+            self._masters,
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
@@ -39,15 +47,17 @@ class ScaledAdamW:
         self.steps = 0
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def clip(self) -> float:
         """Clip the gradient to ``max_grad_norm`` (Euclidean, over all parameters); the norm before it."""
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             raise NonFiniteError("gradient norm", None, "no step was taken; the last checkpoint is intact")
         return norm
 
+    @torch.no_grad()
     def step(self, scale: float) -> float:
         """Take one step; the effective learning rate."""
         if not 0.0 < scale <= 1.0:
@@ -58,25 +68,42 @@ class ScaledAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = base * scale
             group["weight_decay"] = self._config.weight_decay / scale  # lr · decay stays base · λ
+        for parameter, master in self._of_few_bits():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
         self._adamw.step()
+        for parameter, master in self._of_few_bits():
+            parameter.copy_(master)
         self.steps += 1
         return base * scale
 
+    def _of_few_bits(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        pairs = zip(self._parameters, self._masters, strict=True)
+        return [(parameter, master) for parameter, master in pairs if parameter is not master]
+
     def state(self) -> dict[str, torch.Tensor]:
-        """Moments by parameter name; parameters that never had a gradient have none."""
+        """Moments and master copies by parameter name; what never had a gradient has no moments."""
         tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            for key, value in self._adamw.state.get(parameter, {}).items():
+        for name, parameter, master in zip(self._names, self._parameters, self._masters, strict=True):
+            for key, value in self._adamw.state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value
+            if master is not parameter:
+                tensors[f"{_MASTER}.{name}"] = master
         return tensors
 
     def load_state(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
         """Inverse of :meth:`state`."""
-        by_name = dict(zip(self._names, self._parameters, strict=True))
+        by_name = dict(zip(self._names, self._masters, strict=True))
+        if steps and not tensors:
+            raise VcpoError(f"the optimizer state is empty, though {steps} steps were taken")
         self._adamw.state.clear()
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
             if name not in by_name:
                 raise VcpoError(f"the optimizer state is of another model: it has moments for {name}")
-            self._adamw.state[by_name[name]][kind] = value.clone()
+            master = by_name[name]
+            if kind == _MASTER:
+                master.data.copy_(value)
+            else:  # AdamW keeps its count of steps on the CPU
+                home = value.clone() if kind == "step" else value.to(master.device, copy=True)
+                self._adamw.state[master][kind] = home
         self.steps = steps

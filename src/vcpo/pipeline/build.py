@@ -89,7 +89,7 @@ def build_rollout_loop(config: Config, policy: Policy) -> tuple[RolloutLoop, Loc
         sampler,
         group_size=config.pipeline.group_size,
         seed=config.run.seed,
-        end_id=policy.codec.end_id,
+        stop=policy.stop,
         timeout_seconds=config.environment.timeout_seconds,
     )
     return loop, sampler

@@ -136,7 +136,7 @@ class Controller:
         self._outstanding: dict[str, set[int]] = {s.name: set() for s in self.samplers}
         self._arrived = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._broken: Exception | None = None
+        self._broken: BaseException | None = None
         self._published: asyncio.Future[Any] | None = None
         self._begun = time.perf_counter()
         self._last_accuracy: dict[str, float] = {}
@@ -175,15 +175,16 @@ class Controller:
     async def run(self) -> bool:
         """Train; true if all steps were taken, false if stopped before."""
         pipeline = self.config.pipeline
-        await self._admit()
+        admitting = await self._admit()
         while self.version < pipeline.steps:
             taken, waited = await self._minibatch()
             if taken is None:
                 break
-            row = await self._step(taken) | {"seconds_waiting": waited}
+            row = await self._step(taken)
             await self._evaluate_if_due(row)
-            await self._admit()
-            self._record(row)
+            admitted = await self._admit()
+            self._record(row | {"seconds_waiting": waited + admitting + admitted})
+            admitting = 0.0
             if self._due(self.config.learner.checkpoint_every):
                 await self.checkpoint()
         await self._publication_served()
@@ -198,7 +199,7 @@ class Controller:
 
     async def evaluate(self, problems: int, *, greedy: bool) -> list[float]:
         """Rewards on the first held-out problems, shared out among the samplers."""
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), self._sampler_seconds()
         share = -(-problems // len(self.samplers))
         parts = await asyncio.gather(
             *(
@@ -208,6 +209,7 @@ class Controller:
             )
         )
         self.seconds_evaluating += time.perf_counter() - begun
+        self._busy += self._sampler_seconds() - busy  # not a step's sampling
         return [reward for part in parts for reward in part]
 
     # One turn of the run loop
@@ -257,6 +259,13 @@ class Controller:
         await self._publication_served()
         served = [(sampler.name, sampler.publish(publication)) for sampler in self.samplers]
         self._published = asyncio.ensure_future(self._verify(publication, served))
+        self._published.add_done_callback(self._on_verified)
+
+    def _on_verified(self, verification: asyncio.Future[None]) -> None:
+        """A sampler that serves something else is reported now, not when the next weights are sent."""
+        if not verification.cancelled() and (error := verification.exception()) is not None:
+            self._broken = error
+            self._arrived.set()
 
     async def _publication_served(self) -> None:
         if self._published is not None:
@@ -281,23 +290,28 @@ class Controller:
             self._last_accuracy = {"accuracy": accuracy(rewards), "greedy_accuracy": accuracy(greedy)}
             row |= self._last_accuracy
 
-    async def _admit(self) -> None:
-        """Hand out the groups that the window has room for; those the journal holds need no rollout."""
+    async def _admit(self) -> float:
+        """Hand out the groups that the window has room for; those the journal holds need no rollout.
+
+        Returns the seconds it took: a runtime that plays groups at once makes the learner wait here.
+        """
+        begun = time.perf_counter()
         remaining = self.config.pipeline.steps - self.version
         orders: dict[str, list[GroupOrder]] = {s.name: [] for s in self.samplers}
         for number in self.window.admit(remaining * self.config.pipeline.prompts):
-            if self.journal.read(number) is not None:
+            if self.journal.has(number):
                 self.window.finish(number)
                 continue
             name = min(self._outstanding, key=lambda n: len(self._outstanding[n]))
             self._outstanding[name].add(number)
             orders[name].append(GroupOrder(number, self.version))
         await asyncio.gather(*(s.order(orders[s.name]) for s in self.samplers if orders[s.name]))
+        return time.perf_counter() - begun
 
     def _record(self, row: dict[str, Any]) -> None:
         elapsed = time.perf_counter() - self._begun
         spent = row["seconds_training"] + row["seconds_waiting"] + row["seconds_publishing"]
-        busy, self._busy = self._busy, sum(s.busy_seconds for s in self.samplers)
+        busy, self._busy = self._busy, self._sampler_seconds()
         row |= {
             "elapsed": elapsed,
             "tokens_per_second": row["tokens"] / max(spent, 1e-9),
@@ -305,6 +319,9 @@ class Controller:
         }
         self.writer.write(row)
         self.progress.advance(row | self._last_accuracy)
+
+    def _sampler_seconds(self) -> float:
+        return sum(s.busy_seconds for s in self.samplers)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.version % every == 0

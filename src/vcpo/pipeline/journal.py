@@ -50,6 +50,11 @@ class Journal:
         with self._transaction() as database:
             database.execute("UPDATE groups SET step = NULL WHERE step >= ?", (step,))
 
+    def has(self, number: int) -> bool:
+        with self._reported():
+            row = self._database.execute("SELECT 1 FROM groups WHERE number = ?", (number,)).fetchone()
+        return row is not None
+
     def read(self, number: int) -> bytes | None:
         with self._reported():
             row = self._database.execute("SELECT record FROM groups WHERE number = ?", (number,)).fetchone()

@@ -3,8 +3,10 @@
 An environment that raises, takes too long or returns something that is no reward costs its own episode: it
 is logged, retried once with other random numbers, and then recorded as failed: reward 0, no tokens to
 train on. Code that blocks (a loop without ``await``, a blocking read) would stop every episode of the
-process; it is interrupted by an alarm signal after the same time, and the time that it blocked is not
-charged to the other episodes. Errors of the sampler are nobody's episode: they end the run.
+process; it is interrupted by an alarm signal after the same time. Only an episode's own time counts: not
+the time it waits for the sampler, nor the time that another one blocked. Errors of the sampler are nobody's
+episode: they end the run. So does an environment of which no episode has ever worked, at its first
+evaluation.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -24,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vcpo.environments.protocol import Environment, Episode, FiniteEnvironment, Problem, Split
-from vcpo.errors import EnvironmentFailure, VcpoError
+from vcpo.errors import EnvironmentFailure
 from vcpo.samplers.protocol import Sampler
 from vcpo.samplers.random import derive_seed
 from vcpo.trajectory import Group, Trajectory
@@ -57,32 +59,35 @@ class RolloutLoop:
         *,
         group_size: int,
         seed: int,
-        end_id: int,
+        stop: frozenset[int],
         timeout_seconds: float,
     ) -> None:
         self._environment, self._sampler = environment, sampler
-        self._group_size, self._seed, self._end_id = group_size, seed, end_id
+        self._group_size, self._seed, self._stop = group_size, seed, stop
         self._timeout = timeout_seconds
         self._alarm = _Alarm(timeout_seconds)
-        self._limits: set[asyncio.Timeout] = set()
+        self._limits: set[_TimeLimit] = set()
         """Time limits of the episodes in flight."""
         self._sessions = 0
+        self._worked = False
+        """Whether any episode was ever played to its end."""
 
     async def play_group(self, order: GroupOrder) -> Group:
         """Play all episodes of one prompt."""
         begun = time.perf_counter()
-        problem = self.training_problem(order.index)
-        trajectories = await gather_all(
-            self._play(problem, derive_seed(self._seed, order.index, member))
-            for member in range(self._group_size)
-        )
+        index = self.training_index(order.index)
+        seeds = [derive_seed(self._seed, order.index, member) for member in range(self._group_size)]
         return Group(
             index=order.index,
-            problem=problem.index,
-            trajectories=tuple(trajectories),
+            problem=index,
+            trajectories=tuple(await self._play_problem(index, "train", seeds)),
             seconds=time.perf_counter() - begun,
             admitted_version=order.version,
         )
+
+    def training_index(self, number: int) -> int:
+        """The training problem of group ``number``: runs with different seeds see different streams."""
+        return (self._seed << 32) + number
 
     async def play_groups(self, orders: Iterable[GroupOrder]) -> list[Group]:
         return await gather_all(self.play_group(order) for order in orders)
@@ -92,24 +97,30 @@ class RolloutLoop:
         every time."""
         if isinstance(self._environment, FiniteEnvironment):
             count = max(0, min(count, self._environment.problem_count("held_out") - first))
-        return await gather_all(
-            self._play(self._problem(i, "held_out"), derive_seed(self._seed, -1, i), greedy=greedy)
+        played = await gather_all(
+            self._play_problem(i, "held_out", [derive_seed(self._seed, -1, i)], greedy=greedy)
             for i in range(first, first + count)
         )
-
-    def training_problem(self, index: int) -> Problem:
-        """The problem of group ``index``: runs with different seeds see different streams."""
-        return self._problem((self._seed << 32) + index, "train")
-
-    def _problem(self, index: int, split: Split) -> Problem:
-        try:
-            return self._environment.problem(index, split)
-        except VcpoError:
-            raise
-        except Exception as error:
+        trajectories = [t for group in played for t in group]
+        if trajectories and not self._worked:
             raise EnvironmentFailure(
-                f"the environment could not make {split} problem {index}: {type(error).__name__}: {error}"
-            ) from error
+                f"the environment failed in all of {len(trajectories)} episodes; "
+                f"the first: {trajectories[0].note}"
+            )
+        return trajectories
+
+    async def _play_problem(
+        self, index: int, split: Split, seeds: Sequence[int], *, greedy: bool = False
+    ) -> list[Trajectory]:
+        """One episode of the problem for each seed."""
+        try:
+            with self._alarm:
+                problem = self._environment.problem(index, split)
+        except Exception as error:
+            note = f"could not make {split} problem {index}: {type(error).__name__}: {error}"
+            log.warning("the environment %s", note)
+            return [_failed(note)] * len(seeds)
+        return await gather_all(self._play(problem, seed, greedy=greedy) for seed in seeds)
 
     async def _play(self, problem: Problem, seed: int, *, greedy: bool = False) -> Trajectory:
         note = ""
@@ -120,12 +131,14 @@ class RolloutLoop:
                 self._sampler,
                 seed=derive_seed(seed, attempt) if attempt else seed,
                 session=session,
-                end_id=self._end_id,
+                stop=self._stop,
                 greedy=greedy,
             )
             try:
                 return await self._attempt(problem, episode)
             except BaseException as error:
+                if episode.sampler_error is not None:
+                    raise episode.sampler_error from None
                 if not _costs_its_episode(error):
                     raise
                 note = f"{type(error).__name__}: {error}"
@@ -139,34 +152,62 @@ class RolloutLoop:
 
     async def _attempt(self, problem: Problem, episode: Episode) -> Trajectory:
         try:
-            async with asyncio.timeout(self._timeout) as limit:
-                self._limits.add(limit)
-                try:
+            async with asyncio.timeout(None) as timeout:
+                with _TimeLimit(timeout, episode, self._timeout, self._limits) as limit:
                     play = self._environment.play(problem, episode)
                     reward = await _Guarded(play, self._alarm, partial(self._excuse, limit))
-                finally:
-                    self._limits.discard(limit)
         except TimeoutError:
-            if limit.expired():
+            if timeout.expired():
                 raise EnvironmentFailure(f"took longer than {self._timeout:g} s") from None
             raise
-        return episode.trajectory(_checked(reward))
+        if episode.sampler_error is not None:  # the environment hid it
+            raise episode.sampler_error
+        trajectory = episode.trajectory(_checked(reward))
+        self._worked = True
+        return trajectory
 
-    def _excuse(self, own: asyncio.Timeout, blocked: float) -> None:
-        """An episode blocked the event loop: put off the time limits of the others."""
-        for limit in self._limits - {own}:
-            if (when := limit.when()) is not None and not limit.expired():
-                limit.reschedule(when + blocked)
+    def _excuse(self, own: _TimeLimit, blocked: float) -> None:
+        """An episode blocked the event loop: that is not the others' time."""
+        for limit in self._limits:
+            if limit is not own:
+                limit.excused += blocked
+
+
+class _TimeLimit:
+    """Ends an episode that has taken ``seconds`` of its own, by making ``timeout`` expire."""
+
+    def __init__(
+        self, timeout: asyncio.Timeout, episode: Episode, seconds: float, in_flight: set[_TimeLimit]
+    ) -> None:
+        self._timeout, self._episode, self._seconds, self._in_flight = timeout, episode, seconds, in_flight
+        self.excused = 0.0
+        """Seconds that others blocked."""
+
+    def __enter__(self) -> _TimeLimit:
+        self._begun = time.perf_counter()
+        self._in_flight.add(self)
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._check)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._in_flight.discard(self)
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        own = time.perf_counter() - self._begun - self.excused - self._episode.sampling_seconds
+        loop = asyncio.get_running_loop()
+        if own >= self._seconds:
+            self._timeout.reschedule(loop.time())
+        else:
+            self._timer = loop.call_later(self._seconds - own, self._check)
 
 
 def _costs_its_episode(error: BaseException) -> bool:
-    """False for what ends the run: an error of the sampler, or a cancellation from outside. An environment
-    that cancels something of its own, or exits, costs its episode like one that raises."""
+    """False for a cancellation from outside, which ends the run. An environment that cancels something of
+    its own, or exits, costs its episode like one that raises."""
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         return task is not None and not task.cancelling()
-    if isinstance(error, VcpoError):
-        return isinstance(error, EnvironmentFailure)
     return isinstance(error, Exception | SystemExit)
 
 

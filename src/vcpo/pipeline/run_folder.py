@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vcpo.config import Config, dump_toml
+from vcpo.config import Config, dump_toml, load_config
 from vcpo.errors import CheckpointError, ConfigError
+from vcpo.monitor.sinks import write_atomically
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class RunFolder:
     def reopen(path: Path, config: Config) -> RunFolder:
         """The folder of a run that goes on with ``config``, which is written down beside the first one."""
         run = RunFolder.open(path)
+        _refuse_another_run(load_config(path / "config.toml"), config)
+        (path / "summary.json").unlink(missing_ok=True)  # of an earlier end, which is none any more
         previous, current = (path / "config.toml").read_text(encoding="utf-8"), dump_toml(config)
         if previous != current:
             (path / "config.before-resume.toml").write_text(previous, encoding="utf-8")
@@ -77,15 +80,27 @@ class RunFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write NAME.json whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.path / f"{name}.json")
+        write_atomically(self.path / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         try:
             return json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+
+def _refuse_another_run(before: Config, now: Config) -> None:
+    """A resumed run has the model, the prompts and the groups it began with; the rest may change."""
+    if before.model != now.model:
+        raise ConfigError(
+            "--resume goes on with the run's own model: leave the [model] settings as they were"
+        )
+    for section, field in (("run", "seed"), ("environment", "kind"), ("pipeline", "group_size")):
+        was, wanted = (getattr(getattr(config, section), field) for config in (before, now))
+        if was != wanted:
+            raise ConfigError(
+                f"--resume goes on with {section}.{field} = {was}, not {wanted}: start a new run"
+            )
 
 
 def _made_up_name(config: Config) -> str:

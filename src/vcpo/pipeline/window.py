@@ -10,7 +10,7 @@ step that trains on it is complete. P groups make a step.
   can pass a slow one; nothing is dropped; short answers gain nothing by being fast beyond that.
 
 **Bound.** The lag of a group g, the learner's version when g is taken minus the oldest version in g, is at
-most S + ⌈(W−1)/P⌉.
+most S + ⌈(W−1)/P⌉, and 0 if S = 0.
 
 Proof. Let v be the learner's version when g is admitted. Weights of version v were sent to the samplers
 before g was (one ordered channel), so no token of g is older than v. Let n steps complete between g's
@@ -24,7 +24,8 @@ g, and each such group was either active at g's admission, or is younger than g.
 
 Hence n·P ≤ (S+1)·P − 1 + (W−1), so for W = 1: n ≤ S; for W ≥ 2: n ≤ S + 1 + ⌊(W−2)/P⌋ = S + ⌈(W−1)/P⌉. ∎
 
-With S = 0 and W = 1 nothing is admitted before the step is complete: the synchronous loop.
+With S = 0 at most P groups are active, so each step takes all of them and none is admitted before it is
+complete: the synchronous loop, whatever W.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from collections.abc import Iterable
 
 
 def lag_bound(lag: int, window: int, prompts: int) -> int:
-    """S + ⌈(W−1)/P⌉, the largest policy lag any group can have."""
-    return lag + -(-(window - 1) // prompts)
+    """The largest policy lag any group can have: S + ⌈(W−1)/P⌉, or 0 for the synchronous loop."""
+    return lag + -(-(window - 1) // prompts) if lag else 0
 
 
 class Window:

@@ -35,6 +35,14 @@ class Policy:
     def codec(self) -> TokenizerCodec:
         return TokenizerCodec(self.tokenizer, self.name)
 
+    @property
+    def stop(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's, and those of the generation config (chat models often
+        end a turn with another one)."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        more = configured if isinstance(configured, list) else [configured]
+        return frozenset([self.codec.end_id, *(t for t in more if t is not None)])
+
     def save(self, folder: Path) -> None:
         """Write model and tokenizer in Hugging Face format."""
         self.model.save_pretrained(folder)

@@ -1,8 +1,9 @@
 """Packing: trajectories of different lengths in few rows, cut into micro-batches by a token budget.
 
 Several trajectories share a row; position ids restart at each, which transformers' attention reads as
-"attend within your own sequence only" (exact with sdpa and eager: no padding mask is needed). The rest of
-a row is one more sequence of padding whose outputs nobody reads.
+"attend within your own sequence only" (no padding mask is needed). A few older architectures do not:
+:func:`vcpo.policy.log_probs.keeps_packed_apart` tells, and the learner then gives each trajectory a row.
+The rest of a row is one more sequence of padding whose outputs nobody reads.
 
 Trajectories of one group stay in one micro-batch as long as the budget allows, because a baseline with
 score norms needs the whole group before the first coefficient is known.
@@ -122,7 +123,7 @@ def pack(trajectories: Sequence[Trajectory], *, pad_id: int = 0, packed: bool = 
 
 
 def micro_batches(
-    trajectories: Sequence[Trajectory], groups: Sequence[int], token_budget: int
+    trajectories: Sequence[Trajectory], groups: Sequence[int], token_budget: int, *, packed: bool = True
 ) -> list[list[list[int]]]:
     """Cut a minibatch into units of micro-batches of at most ``token_budget`` padded tokens.
 
@@ -137,7 +138,7 @@ def micro_batches(
     def cost(indices: Sequence[int]) -> int:
         lengths = [len(trajectories[i].tokens) for i in indices]
         longest = max(lengths)
-        if longest * len(lengths) <= token_budget:  # fits even unpacked: no need to know the rows
+        if not packed or longest * len(lengths) <= token_budget:  # no need to know the rows
             return longest * len(lengths)
         return longest * len(row_layout(lengths, longest))
 

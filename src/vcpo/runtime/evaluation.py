@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vcpo.config import Config, load_config
+from vcpo.config import Config, default_recipe, load_config
 from vcpo.errors import CheckpointError
 from vcpo.learner.checkpoint import latest_checkpoint, read_state
 from vcpo.monitor.progress import Progress
@@ -17,8 +17,6 @@ from vcpo.pipeline.evaluation import success_figures
 from vcpo.pipeline.services import RolloutService
 from vcpo.policy.loading import hide_loading_bars
 from vcpo.weights import read_weights
-
-DEFAULT_RECIPE = Path("maze")
 
 
 async def evaluate_inline(
@@ -48,7 +46,7 @@ def evaluate_path(
     """``path``: a run folder (its final model, or its newest checkpoint if it did not end), or a model."""
     extra = ["--evaluation.final_problems", str(problems)] if problems is not None else []
     if not (path / "config.toml").exists():
-        config = load_config(DEFAULT_RECIPE, [*overrides, "--model.name", str(path), *extra])
+        config = load_config(default_recipe(overrides), [*overrides, "--model.name", str(path), *extra])
         return {"model": str(path), **asyncio.run(evaluate_inline(config, str(path), None, progress))}
     config = load_config(path / "config.toml", [*overrides, *extra])
     if (path / "model" / "config.json").exists():

@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -54,6 +55,8 @@ class WorkerProcess:
         self._process, self._channel, self._log, self._timeout = process, channel, log, timeout
         self._replies: dict[int, asyncio.Future[Frame]] = {}
         self._ids = itertools.count()
+        self._frames = 0
+        """Received so far."""
         self.on_event: EventListener = lambda header, body: None
 
     @staticmethod
@@ -87,15 +90,19 @@ class WorkerProcess:
             await self._channel.flush()
 
     async def _reply(self, number: int, do: str) -> Frame:
+        reply = self._replies[number]
         try:
-            header, body = await asyncio.wait_for(self._replies[number], self._timeout)
-        except TimeoutError:
-            raise WorkerError(
-                f"{self.name} did not answer {do!r} within {self._timeout:g} s (runtime.timeout_seconds); "
-                f"see {self._log}"
-            ) from None
+            while not reply.done():
+                heard = self._frames
+                await asyncio.wait([reply], timeout=self._timeout)
+                if not reply.done() and self._frames == heard:  # not even a sign of progress
+                    raise WorkerError(
+                        f"{self.name} did not answer {do!r} within {self._timeout:g} s "
+                        f"(runtime.timeout_seconds); see {self._log}"
+                    )
         finally:
             self._replies.pop(number, None)
+        header, body = reply.result()
         if "error" in header:
             raise self._error(header)
         return header, body
@@ -105,6 +112,7 @@ class WorkerProcess:
         while True:
             try:
                 header, body = await self._channel.receive()
+                self._frames += 1
             except ChannelClosed:
                 code = await self._process.wait()
                 how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
@@ -125,13 +133,14 @@ class WorkerProcess:
         return error
 
     async def end(self) -> None:
-        """Close the channel, which ends the worker; kill it if it does not notice."""
+        """Close the channel, which ends the worker; kill it if it does not notice, and whatever processes
+        its environments have left."""
         self._channel.close()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # the worker leads a process group of its own
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
 
 
 class LocalLearner:

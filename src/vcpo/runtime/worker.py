@@ -27,6 +27,9 @@ from vcpo.runtime.channel import BlockingChannel, Channel, ChannelClosed, split_
 
 Reply = dict[str, Any]
 
+TRANSFER_PREFIX = "vcpo-weights-"
+"""Of the folder for weights; the learner's process id follows."""
+
 
 def error_reply(error: BaseException) -> Reply:
     """An error as a header: its class if it is in the vocabulary, and its message."""
@@ -111,10 +114,15 @@ class LearnerProcess:
 
 
 def transfer_folder(size: int) -> Path:
-    """A folder for weights on their way: in shared memory if ``size`` bytes fit there, else on disk."""
+    """A folder for weights on their way: in shared memory if ``size`` bytes fit there, else on disk. Folders
+    of learners that were killed together with their controller are removed: nobody else does."""
     shared = Path("/dev/shm")
+    for left in shared.glob(f"{TRANSFER_PREFIX}*"):
+        pid = left.name.removeprefix(TRANSFER_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)
     fits = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > size
-    return Path(tempfile.mkdtemp(prefix=f"vcpo-weights-{os.getpid()}-", dir=shared if fits else None))
+    return Path(tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=shared if fits else None))
 
 
 class SamplerProcess:

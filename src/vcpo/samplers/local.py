@@ -38,7 +38,14 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from vcpo.config import SamplerConfig
-from vcpo.errors import ModelError, NonFiniteError, VcpoError
+from vcpo.errors import (
+    ContextOverflowError,
+    EnvironmentFailure,
+    ModelError,
+    NonFiniteError,
+    VcpoError,
+    WorkerError,
+)
 from vcpo.samplers.cache import SlotCache
 from vcpo.samplers.protocol import Completion
 from vcpo.samplers.random import uniforms
@@ -97,6 +104,7 @@ class LocalSampler:
         self._last_logits_only = {"logits_to_keep": 1} if takes_keep else {}
         layers = model.config.get_text_config().num_hidden_layers
         self._cache = SlotCache(layers, context_length, model.device)
+        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
         self._version = 0
         self._sessions: dict[int, _Session] = {}
         self._idle: OrderedDict[_Session, None] = OrderedDict()
@@ -128,20 +136,15 @@ class LocalSampler:
         greedy: bool = False,
         session: int | None = None,
     ) -> Completion:
-        if not tokens:
-            raise VcpoError("cannot continue an empty sequence: show the model a prompt first")
-        if max_tokens < 1:
-            raise VcpoError(f"max_tokens is {max_tokens}: ask for at least one token")
-        if len(tokens) + max_tokens > self._context_length:
-            raise VcpoError(
-                f"{len(tokens)} + {max_tokens} tokens do not fit in the context of {self._context_length}"
-            )
+        self._check_request(tokens, max_tokens)
         known = self._sessions.get(session) if session is not None else None
         owner = known or _Session()
         if session is not None:
             self._sessions[session] = owner
         if owner.request is not None:
-            raise VcpoError(f"session {session} is already generating: wait for its completion first")
+            raise EnvironmentFailure(
+                f"session {session} is already generating: wait for its completion first"
+            )
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         request = _Request(owner, list(tokens), len(tokens), max_tokens, stop, seed, greedy, future)
         owner.request = request
@@ -162,6 +165,20 @@ class LocalSampler:
                 self._give_back(owner)
             elif owner.slot is not None:
                 self._idle[owner] = None
+
+    def _check_request(self, tokens: Sequence[int], max_tokens: int) -> None:
+        """A request that cannot be answered must not reach the engine, where it would fail everybody's."""
+        if not tokens:
+            raise EnvironmentFailure("cannot continue an empty sequence: show the model a prompt first")
+        if max_tokens < 1:
+            raise EnvironmentFailure(f"max_tokens is {max_tokens}: ask for at least one token")
+        if len(tokens) + max_tokens > self._context_length:
+            raise ContextOverflowError(
+                f"{len(tokens)} + {max_tokens} tokens do not fit in the context of {self._context_length}"
+            )
+        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
+            wrong = next(t for t in tokens if not 0 <= t < self._vocabulary)
+            raise EnvironmentFailure(f"token {wrong} is not in the model's vocabulary of {self._vocabulary}")
 
     def release(self, session: int) -> None:
         owner = self._sessions.pop(session, None)
@@ -214,7 +231,8 @@ class LocalSampler:
                     continue
                 self._tick()
                 await asyncio.sleep(0)  # episodes whose turn ended take their next one
-        except Exception as error:  # every caller must hear of it: nobody else awaits this task
+        except Exception as caught:  # every caller must hear of it: nobody else awaits this task
+            error = caught if isinstance(caught, VcpoError) else _unforeseen(caught)
             self._forget()
             for request in [*self._active, *self._waiting]:
                 if not request.done.done():
@@ -367,6 +385,13 @@ class LocalSampler:
         if not request.done.done():
             tokens = request.tokens[request.begin :]
             request.done.set_result(Completion(tokens, request.log_probs, request.versions, reason))
+
+
+def _unforeseen(error: Exception) -> WorkerError:
+    """Out of memory, a bug: the engine's failure, not that of whoever waits for it."""
+    failure = WorkerError(f"the local sampler failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _share_prompts(batch: list[_Request]) -> tuple[list[_Request], dict[int, list[_Request]]]:
