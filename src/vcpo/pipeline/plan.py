@@ -12,6 +12,8 @@ from vcpo.pipeline.session import window_width
 from vcpo.pipeline.window import lag_bound
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+_LOGITS = 14
+"""Bytes for each token and entry of the vocabulary at the peak of a step, measured: 3.5 float32."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class ModelSize:
     key_value_width: int
     """Elements of keys plus values, of one token in one layer."""
     context_length: int
+    vocabulary: int
 
 
 def plan_text(config: Config) -> str:
@@ -59,14 +62,21 @@ def _memory(config: Config, size: ModelSize) -> list[tuple[str, str]]:
     """Estimates: weights, gradients and two moments for the learner; weights and cache for a sampler."""
     width = _BYTES[config.model.dtype]
     weights = size.parameters * width
+    optimizer = size.parameters * (8 if width == 4 else 12)  # two moments, and a master copy of few bits
+    logits = _LOGITS * config.learner.token_budget * size.vocabulary
     # Keys and values per token of a full cache: every slot as long as the context, one padding column.
     cache = config.sampler.slots * (size.context_length + 1) * size.layers * size.key_value_width * width
     return [
-        ("learner memory", f"{_bytes(4 * weights)} for weights, gradients and moments, plus activations of "
-                           f"{config.learner.token_budget:,} tokens"),
-        ("sampler memory", f"{_bytes(weights)} for weights, at most {_bytes(cache)} for "
-                           f"{config.sampler.slots} slots"),
-    ]  # fmt: skip
+        (
+            "learner memory",
+            f"{_bytes(2 * weights + optimizer)} for weights, gradients and optimizer, plus activations of "
+            f"{config.learner.token_budget:,} tokens (logits alone about {_bytes(logits)})",
+        ),
+        (
+            "sampler memory",
+            f"{_bytes(weights)} for weights, at most {_bytes(cache)} for {config.sampler.slots} slots",
+        ),
+    ]
 
 
 def _amounts(config: Config, size: ModelSize) -> list[tuple[str, str]]:
@@ -102,6 +112,7 @@ def _model_size(config: Config) -> ModelSize:
         layers=text.num_hidden_layers,
         key_value_width=2 * heads * head_size,
         context_length=min(config.model.context_length, supported),
+        vocabulary=text.vocab_size,
     )
 
 
