@@ -1,6 +1,6 @@
 """What overlapping sampler and learner is worth: the same recipe at lag 0 and asynchronously, in turn.
 
-    python -m benchmarks.overlap [--quick] [--json FILE]
+    python -m benchmarks.overlap [--quick] [--json FILE] [--repetitions N]
 
 At lag 0 the two cores can still be used in several ways (more torch threads, more sampler processes): all
 are run, and the ratio is taken against the fastest. Seconds a step are those of the run's own clock
@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from vcpo.config import load_config
 from vcpo.monitor.sinks import read_metrics
 from vcpo.runtime import train
 
-WARM_UP_STEPS = 10
+WARM_UP_STEPS = 8
 SLOW = {"environment.kind": "benchmarks.slow_maze:SlowMaze"}
 
 
@@ -36,6 +36,7 @@ class Variant:
     load: str
     name: str
     settings: dict[str, object]
+    steps: int
 
     @property
     def key(self) -> str:
@@ -43,36 +44,46 @@ class Variant:
 
     @property
     def quick(self) -> bool:
-        return self.settings.get("runtime.threads", 1) == 1
+        return self.settings.get("runtime.threads", 1) == 1 and self.settings.get("runtime.samplers", 1) == 1
 
     @property
     def synchronous(self) -> bool:
         return self.settings["pipeline.lag"] == 0
 
 
-def variants(load: str, common: dict[str, object], asynchronous: dict[str, object]) -> list[Variant]:
+WAYS = [(samplers, threads) for samplers in (1, 2) for threads in (1, 2)]
+"""Of using two cores at lag 0: sampler processes, torch threads of each process."""
+
+
+def variants(
+    load: str,
+    steps: int,
+    ways: list[tuple[int, int]],
+    common: dict[str, object],
+    asynchronous: dict[str, object],
+) -> list[Variant]:
     found = []
-    for samplers in (1, 2):
-        for threads in (1, 2):
-            settings = {"pipeline.lag": 0, "runtime.samplers": samplers, "runtime.threads": threads}
-            name = f"lag 0, {samplers} sampler(s), {threads} thread(s)"
-            found.append(Variant(load, name, common | settings))
+    for samplers, threads in ways:
+        settings = {"pipeline.lag": 0, "runtime.samplers": samplers, "runtime.threads": threads}
+        name = f"lag 0, {samplers} sampler(s), {threads} thread(s)"
+        found.append(Variant(load, name, common | settings, steps))
     name = ", ".join(f"{key.split('.')[1]} {value}" for key, value in asynchronous.items())
-    return [*found, Variant(load, f"async, {name}", common | asynchronous)]
+    return [*found, Variant(load, f"async, {name}", common | asynchronous, steps)]
 
 
+# With the latency a step at lag 0 waits nearly a second for its slowest episode: threads do not matter.
 ALL = [
-    *variants("no latency", {}, {"pipeline.lag": 2, "pipeline.window": 16}),
-    *variants("tool latency", SLOW, {"pipeline.lag": 8, "pipeline.window": 64}),
+    *variants("no latency", 60, WAYS, {}, {"pipeline.lag": 2, "pipeline.window": 16}),
+    *variants("tool latency", 15, [(1, 1), (2, 1)], SLOW, {"pipeline.lag": 8, "pipeline.window": 64}),
 ]
 
 
-def seconds_per_step(variant: Variant, steps: int, folder: Path, repetition: int) -> float:
+def seconds_per_step(variant: Variant, folder: Path, repetition: int) -> float:
     """Run once; wall seconds a step after the warm-up."""
     settings: dict[str, object] = {
         "run.folder": folder,
         "run.name": f"{variant.name}-{variant.load}-{repetition}".replace(" ", "-"),
-        "pipeline.steps": steps + WARM_UP_STEPS,
+        "pipeline.steps": variant.steps + WARM_UP_STEPS,
         "evaluation.every": 0,
         "evaluation.final_problems": 1,
         "learner.checkpoint_every": 0,
@@ -82,16 +93,16 @@ def seconds_per_step(variant: Variant, steps: int, folder: Path, repetition: int
     overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     summary = train(load_config(Path("maze"), overrides))
     rows = read_metrics(Path(summary["run_folder"]))
-    return (rows[-1]["elapsed"] - rows[WARM_UP_STEPS - 1]["elapsed"]) / steps
+    return (rows[-1]["elapsed"] - rows[WARM_UP_STEPS - 1]["elapsed"]) / variant.steps
 
 
-def measure(chosen: list[Variant], steps: int, repetitions: int) -> dict[str, list[float]]:
+def measure(chosen: list[Variant], repetitions: int) -> dict[str, list[float]]:
     """Seconds a step of every repetition, by ``Variant.key``."""
     times: dict[str, list[float]] = {v.key: [] for v in chosen}
     rounds = [(r, v) for r in range(repetitions) for v in chosen]
     with tempfile.TemporaryDirectory() as folder:
         for repetition, variant in track(rounds, "runs in turn", console=Console(stderr=True)):
-            times[variant.key].append(seconds_per_step(variant, steps, Path(folder), repetition))
+            times[variant.key].append(seconds_per_step(variant, Path(folder), repetition))
     return times
 
 
@@ -134,11 +145,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one short run of the likeliest variants")
+    parser.add_argument("--repetitions", type=int, default=5, help="runs of each variant, in turn")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
-    chosen = [v for v in ALL if v.quick] if arguments.quick else ALL
-    steps, repetitions = (15, 1) if arguments.quick else (60, 5)
-    rows = rows_of(chosen, measure(chosen, steps, repetitions))
+    chosen = [replace(v, steps=v.steps // 5) for v in ALL if v.quick] if arguments.quick else ALL
+    rows = rows_of(chosen, measure(chosen, 1 if arguments.quick else arguments.repetitions))
     print_table(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -26,6 +26,10 @@ class Mute:
 class Empty:
     play = 3
 
+class Plain:
+    def problem(self, index, split): ...
+    def play(self, problem, episode): ...
+
 function = print
 """
 
@@ -71,6 +75,7 @@ def test_a_class_of_your_own(own_folder: Path) -> None:
         ("own_environments:Bad", "module own_environments has no class 'Bad'"),
         ("own_environments:function", "does not define as a class 'function'"),
         ("own_environments:Mute", "Mute lacks the method play"),
+        ("own_environments:Plain", "Plain.play must be written `async def play`"),
         ("own_environments:Empty", "Empty lacks the method problem and play"),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from vcpo.config import Config, load_config
-from vcpo.errors import DataError, EnvironmentFailure, NonFiniteError
+from vcpo.errors import ConfigError, DataError, EnvironmentFailure, NonFiniteError
 from vcpo.learner.checkpoint import latest_checkpoint
 from vcpo.monitor.progress import SilentProgress
 from vcpo.monitor.sinks import read_metrics
@@ -337,3 +337,71 @@ def test_an_environment_that_cannot_make_a_problem_ends_the_run(
     monkeypatch.setattr(Letters, "problem", problem)
     with pytest.raises(EnvironmentFailure, match="could not make held_out problem 0: LookupError"):
         tiny_run(tmp_path)
+
+
+# What a resumed run may and may not be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.hidden_size": 32}, "leave the .model. settings"),
+        ({"run.seed": 3}, "run.seed = 0, not 3"),
+        ({"pipeline.group_size": 4}, "group_size = 2, not 4"),
+        ({"environment.kind": "maze"}, "environment.kind = worlds:Letters, not maze"),
+        ({"pipeline.steps": 3}, "has taken 6 steps and pipeline.steps is 3"),
+        ({}, "has taken 6 steps and pipeline.steps is 6: nothing is left to do"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    run = tiny_run(tmp_path)
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    with pytest.raises(ConfigError, match=message):
+        train(config_of(tmp_path, "run", changes), resume=run)
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+
+
+def test_every_config_of_a_run_is_kept(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, pipeline__steps=2)
+    for steps in (4, 6):
+        train(config_of(tmp_path, "run", {"pipeline.steps": steps}), resume=run)
+    names = ("config.before-resume-1.toml", "config.before-resume-2.toml", "config.toml")
+    assert [load_config(run / name).pipeline.steps for name in names] == [2, 4, 6]
+
+
+def test_bad_input_leaves_no_folder_that_blocks_the_corrected_command(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown algorithm"):
+        tiny_run(tmp_path, algorithm__name="vcop")
+    assert not (tmp_path / "run").exists()
+    tiny_run(tmp_path)
+
+
+def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is there already"):
+        tiny_run(tmp_path)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("VCPO_CACHE", str(tmp_path / "file"))
+    run = tiny_run(tmp_path, environment__kind="maze", warm_start__steps=2, pipeline__steps=1)
+    assert (run / "model" / "model.safetensors").exists()
+
+
+# Where the time went
+
+
+def test_in_one_process_the_learner_waits_while_rollouts_are_played(tmp_path: Path) -> None:
+    """Training, waiting and publishing are disjoint, and waiting holds all of the sampling."""
+    run = tiny_run(tmp_path, pipeline__lag=2)
+    rows = read_metrics(run)
+    waiting = sum(row["seconds_waiting"] for row in rows)
+    sampling = sum(row["seconds_sampling"] for row in rows)
+    parts = sum(row[f"seconds_{part}"] for row in rows for part in ("training", "waiting", "publishing"))
+    assert 0 < sampling <= waiting
+    assert parts <= rows[-1]["elapsed"] * 1.001

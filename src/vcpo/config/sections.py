@@ -37,7 +37,7 @@ class RunConfig(Section):
     """Name of the run's folder; empty: environment, algorithm and time."""
     folder: Path = Path("runs")
     """Where run folders are made."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of model initialisation, problems and sampling."""
 
 
@@ -156,7 +156,7 @@ class PipelineConfig(Section):
     """Groups (prompts) in one optimizer step."""
     group_size: int = Field(default=8, ge=2)
     """Rollouts of one prompt."""
-    steps: PositiveInt = 600
+    steps: int = Field(default=600, ge=1, le=10**9)
     """Optimizer steps."""
 
 

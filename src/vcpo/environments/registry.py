@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,8 @@ def environment_class(kind: str) -> type:
             f"environment.kind = {kind!r}: {class_name} lacks the method {' and '.join(missing)}; "
             "vcpo.environments.protocol shows a complete environment"
         )
+    if inspect.isfunction(play := found.play) and not inspect.iscoroutinefunction(play):  # pyright: ignore
+        raise ConfigError(f"environment.kind = {kind!r}: {class_name}.play must be written `async def play`")
     return found
 
 

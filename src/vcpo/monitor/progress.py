@@ -258,6 +258,8 @@ def _variance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("policy lag", f"mean {words.amount(lags[0])}, max {words.amount(lags[1])}"))
     if ess is not None:
         rows.append(("mean ESS ratio", words.amount(ess)))
+    if failed := words.number(summary, "failed_episodes"):
+        rows.append(("failed episodes", f"{words.amount(failed)}; the samplers' logs say why"))
     return rows
 
 

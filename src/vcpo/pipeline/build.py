@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -34,6 +35,8 @@ from vcpo.pipeline.rollout import RolloutLoop
 from vcpo.policy.loading import Policy, load_policy, small_policy
 from vcpo.samplers.local import LocalSampler
 from vcpo.trajectory import NOT_SAMPLED, Trajectory
+
+log = logging.getLogger(__name__)
 
 WarmStartListener = Callable[[float], None]
 """Hears the loss of each step of a warm start."""
@@ -128,11 +131,16 @@ def _cache_folder(config: Config, environment: DemonstratingEnvironment) -> Path
 
 
 def _store(policy: Policy, folder: Path) -> None:
-    """Save so that another process sees the whole folder or none of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    policy.save(partial)
+    """Save so that another process sees the whole folder or none of it. A cache that cannot be written
+    costs the next run a warm start, not this run its own."""
+    partial = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+        policy.save(partial)
         partial.rename(folder)
-    except OSError:  # another run was faster; its model is the same
-        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if not folder.exists():  # else another run was faster; its model is the same
+            log.warning("the warm-started model is not cached: %s (VCPO_CACHE sets the folder)", error)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)

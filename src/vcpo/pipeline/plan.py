@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcpo.config import Config
-from vcpo.errors import ModelError
-from vcpo.pipeline.build import algorithm_of, small_alphabet
+from vcpo.pipeline.build import algorithm_of, build_environment, small_alphabet
 from vcpo.pipeline.session import window_width
 from vcpo.pipeline.window import lag_bound
 
@@ -101,35 +100,30 @@ def _model_size(config: Config) -> ModelSize:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from vcpo.policy.loading import load_architecture, small_architecture
+    from vcpo.policy.tokens import TokenizerCodec, character_tokenizer
+
+    if config.model.name:
+        architecture, tokenizer = load_architecture(config.model.name)
+    else:
+        tokenizer = character_tokenizer(small_alphabet(config))
+        architecture = small_architecture(config.model, tokenizer)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(_architecture(config))
+        model: Any = AutoModelForCausalLM.from_config(architecture)
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     supported = getattr(text, "max_position_embeddings", None) or config.model.context_length
-    return ModelSize(
+    size = ModelSize(
         parameters=sum(p.numel() for p in model.parameters()),
         layers=text.num_hidden_layers,
         key_value_width=2 * heads * head_size,
         context_length=min(config.model.context_length, supported),
         vocabulary=text.vocab_size,
     )
-
-
-def _architecture(config: Config) -> Any:
-    from transformers import AutoConfig
-
-    from vcpo.policy.loading import small_architecture
-    from vcpo.policy.tokens import character_tokenizer
-
-    if not config.model.name:
-        return small_architecture(config.model, character_tokenizer(small_alphabet(config)))
-    try:
-        return AutoConfig.from_pretrained(config.model.name)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot read the model {config.model.name!r}: {str(error).splitlines()[0]}"
-        ) from error
+    # The environment reads its data here, so a plan that is printed is one whose data can be used.
+    build_environment(config, TokenizerCodec(tokenizer, config.model.name), size.context_length)
+    return size
 
 
 def _bytes(count: float) -> str:

@@ -51,12 +51,24 @@ class RunFolder:
         """The folder of a run that goes on with ``config``, which is written down beside the first one."""
         run = RunFolder.open(path)
         _refuse_another_run(load_config(path / "config.toml"), config)
+        run._refuse_nothing_to_do(config.pipeline.steps)
         (path / "summary.json").unlink(missing_ok=True)  # of an earlier end, which is none any more
         previous, current = (path / "config.toml").read_text(encoding="utf-8"), dump_toml(config)
         if previous != current:
-            (path / "config.before-resume.toml").write_text(previous, encoding="utf-8")
+            number = len(list(path.glob("config.before-resume-*.toml"))) + 1
+            (path / f"config.before-resume-{number}.toml").write_text(previous, encoding="utf-8")
             (path / "config.toml").write_text(current, encoding="utf-8")
         return run
+
+    def _refuse_nothing_to_do(self, wanted: int) -> None:
+        names = (p.name.removeprefix("step-") for p in (self.path / "checkpoints").glob("step-*"))
+        done = max((int(name) for name in names if name.isdigit()), default=0)
+        ended = self.read_json("summary") is not None
+        if done > wanted or (done == wanted and ended):
+            raise ConfigError(
+                f"{self.path} has taken {done} steps and pipeline.steps is {wanted}: nothing is left to do; "
+                f"to go on, say --pipeline.steps {2 * done}"
+            )
 
     @property
     def has_begun(self) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import PreTrainedModel
@@ -78,7 +82,7 @@ def small_policy(config: ModelConfig, alphabet: str, seed: int) -> Policy:
 
 def load_policy(name: str, config: ModelConfig) -> Policy:
     """Any causal LM that transformers loads, from a folder or a hub id; its weights are never unpickled."""
-    try:
+    with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             name,
@@ -87,12 +91,6 @@ def load_policy(name: str, config: ModelConfig) -> Policy:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"cannot load the model {name!r}: {first_line} (give a folder with config.json, "
-            "model.safetensors and tokenizer files, or a hub id that this machine can reach)"
-        ) from error
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random, with a warning
         raise ModelError(
             f"cannot load the model {name!r}: its weights lack {missing[0]} ({len(missing)} missing); "
@@ -101,6 +99,28 @@ def load_policy(name: str, config: ModelConfig) -> Policy:
     supported = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = min(config.context_length, supported) if supported else config.context_length
     return Policy(_place(model, config), tokenizer, context, name)
+
+
+def load_architecture(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a model, without its weights."""
+    with _loading(name):
+        return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Generator[None]:
+    """Turns what goes wrong in transformers into one line that names the model."""
+    parent = Path(name).parent
+    if not Path(name).exists() and (Path(name).is_absolute() or (parent != Path() and parent.is_dir())):
+        raise ModelError(f"cannot load the model {name!r}: there is no such folder")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(
+            f"cannot load the model {name!r}: {what} (give a folder with config.json, "
+            "model.safetensors and tokenizer files, or a hub id that this machine can reach)"
+        ) from error
 
 
 def hide_loading_bars() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,8 @@ def sampled_log_probs(model: nn.Module, rows: PackedRows) -> Tensor:
 @torch.no_grad()
 def keeps_packed_apart(model: PreTrainedModel) -> bool:
     """Whether sequences that share a row do not see each other, tried on three short ones."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     random = np.random.default_rng(0)
     probes = []
     for length in (6, 3, 3):  # the second and the third share a row

@@ -29,7 +29,7 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
         from vcpo.runtime.local import train_local as train_here
     try:
         summary = train_here(config, run, progress, resume=resume is not None)
-    except ConfigError:
+    except (ConfigError, KeyboardInterrupt):
         if resume is None and not run.has_begun:
             run.remove()  # nothing was done: do not leave a folder that blocks the corrected command
         raise

@@ -12,9 +12,11 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -26,6 +28,9 @@ from vcpo.errors import VcpoError
 from vcpo.runtime.channel import BlockingChannel, Channel, ChannelClosed, split_records
 
 Reply = dict[str, Any]
+
+PARENT_GONE_SECONDS = 3.0
+"""Time to end in order when the parent has died."""
 
 TRANSFER_PREFIX = "vcpo-weights-"
 """Of the folder for weights; the learner's process id follows."""
@@ -219,7 +224,18 @@ async def _serve_sampler(end: socket.socket) -> None:
     await SamplerProcess(await Channel.over(end)).serve()
 
 
+def end_with_parent() -> None:
+    """Kill this process and its children soon after its parent is gone, whatever they are doing: an
+    environment that catches everything could keep the event loop from ending."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(PARENT_GONE_SECONDS)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
 def main() -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     role, descriptor = sys.argv[1], int(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.Formatter.converter = time.gmtime
