@@ -37,7 +37,7 @@ class RunConfig(Section):
     """Name of the run's folder; empty: environment, algorithm and time."""
     folder: Path = Path("runs")
     """Where run folders are made."""
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """Seed of model initialisation, problems and sampling."""
 
 
