@@ -93,7 +93,8 @@ def main() -> None:
     extra = ["--pipeline.steps", "30", "--evaluation.final_problems", "64"] if arguments.quick else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        rows = [run(*cell, folder, extra) for cell in track(grid, "runs", console=Console(stderr=True))]
+        cells = track(grid, "runs", console=Console(stderr=True))
+        rows = [run(algorithm, lag, seed, folder, extra) for algorithm, lag, seed in cells]
     print_table(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -26,7 +26,7 @@ from vcpo.monitor.sinks import read_metrics
 from vcpo.runtime import train
 
 WARM_UP_STEPS = 8
-SLOW = {"environment.kind": "benchmarks.slow_maze:SlowMaze"}
+SLOW: dict[str, object] = {"environment.kind": "benchmarks.slow_maze:SlowMaze"}
 
 
 @dataclass(frozen=True)
