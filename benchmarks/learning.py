@@ -87,9 +87,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the runs are kept; default: a temporary folder")
     arguments = parser.parse_args()
     seeds = range(1 if arguments.quick else arguments.seeds)
-    grid = list(
-        itertools.product(arguments.algorithms.split(","), map(int, arguments.lags.split(",")), seeds)
-    )
+    names, lags = arguments.algorithms.split(","), [int(lag) for lag in arguments.lags.split(",")]
+    grid = [(name, lag, seed) for name in names for lag in lags for seed in seeds]
     extra = ["--pipeline.steps", "30", "--evaluation.final_problems", "64"] if arguments.quick else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
