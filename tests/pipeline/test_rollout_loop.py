@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import signal
 import time
@@ -335,6 +336,43 @@ def test_an_episode_that_waits_for_ever_is_cut_and_the_others_are_not() -> None:
         assert_well_played(trajectory)
     for trajectory in hung.trajectories:
         assert_failed(trajectory, "took longer than 0.2 s")
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # its coroutine resists to the end
+def test_an_episode_that_catches_its_cancellation_is_abandoned() -> None:
+    async def play(problem: Problem, episode: Episode) -> float:
+        while problem.index == 1:
+            with contextlib.suppress(BaseException):
+                await asyncio.sleep(100)
+        return await well_behaved(problem, episode)
+
+    async def rounds() -> list[Group]:
+        loop, _ = make_loop(play, size=2, timeout=0.2)
+        return await asyncio.wait_for(loop.play_groups([GroupOrder(0, 0), GroupOrder(1, 0)]), 20)
+
+    good, stubborn = asyncio.run(rounds())
+    for trajectory in good.trajectories:
+        assert_well_played(trajectory)
+    for trajectory in stubborn.trajectories:
+        assert_failed(trajectory, "took longer than 0.2 s")
+
+
+def test_an_episode_that_is_cut_has_time_to_clean_up() -> None:
+    cleaned: list[int] = []
+
+    async def play(problem: Problem, episode: Episode) -> float:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.1)
+            cleaned.append(problem.index)
+        return 0.0
+
+    for trajectory in play_one(play, size=1, timeout=0.3).trajectories:
+        assert_failed(trajectory, "took longer than 0.3 s")
+    assert cleaned == [4, 4], "both attempts"
 
 
 def test_an_episode_that_blocks_is_interrupted_and_the_others_are_unharmed() -> None:

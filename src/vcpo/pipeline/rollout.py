@@ -12,6 +12,7 @@ evaluation.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import signal
@@ -155,7 +156,7 @@ class RolloutLoop:
             async with asyncio.timeout(None) as timeout:
                 with _TimeLimit(timeout, episode, self._timeout, self._limits) as limit:
                     play = self._environment.play(problem, episode)
-                    reward = await _Guarded(play, self._alarm, partial(self._excuse, limit))
+                    reward = await _Guarded(play, self._alarm, limit, partial(self._excuse, limit))
         except TimeoutError:
             if timeout.expired():
                 raise EnvironmentFailure(f"took longer than {self._timeout:g} s") from None
@@ -174,7 +175,8 @@ class RolloutLoop:
 
 
 class _TimeLimit:
-    """Ends an episode that has taken ``seconds`` of its own, by making ``timeout`` expire."""
+    """Ends an episode that has taken ``seconds`` of its own, by making ``timeout`` expire. An environment
+    that catches the cancellation has as long again to clean up, and is then abandoned."""
 
     def __init__(
         self, timeout: asyncio.Timeout, episode: Episode, seconds: float, in_flight: set[_TimeLimit]
@@ -182,8 +184,10 @@ class _TimeLimit:
         self._timeout, self._episode, self._seconds, self._in_flight = timeout, episode, seconds, in_flight
         self.excused = 0.0
         """Seconds that others blocked."""
+        self.expired = self.abandoned = False
 
     def __enter__(self) -> _TimeLimit:
+        self._task = asyncio.current_task()
         self._begun = time.perf_counter()
         self._in_flight.add(self)
         self._timer = asyncio.get_running_loop().call_later(self._seconds, self._check)
@@ -196,10 +200,15 @@ class _TimeLimit:
     def _check(self) -> None:
         own = time.perf_counter() - self._begun - self.excused - self._episode.sampling_seconds
         loop = asyncio.get_running_loop()
-        if own >= self._seconds:
-            self._timeout.reschedule(loop.time())
-        else:
+        if own < self._seconds:
             self._timer = loop.call_later(self._seconds - own, self._check)
+        elif not self.expired:
+            self.expired = True
+            self._timeout.reschedule(loop.time())
+            self._timer = loop.call_later(self._seconds, self._check)
+        elif self._task is not None:
+            self.abandoned = True
+            self._task.cancel()
 
 
 def _costs_its_episode(error: BaseException) -> bool:
@@ -256,9 +265,13 @@ class _Guarded:
     """
 
     def __init__(
-        self, coroutine: Coroutine[Any, Any, float], alarm: _Alarm, on_blocked: Callable[[float], None]
+        self,
+        coroutine: Coroutine[Any, Any, float],
+        alarm: _Alarm,
+        limit: _TimeLimit,
+        on_blocked: Callable[[float], None],
     ) -> None:
-        self._coroutine, self._alarm, self._on_blocked = coroutine, alarm, on_blocked
+        self._coroutine, self._alarm, self._limit, self._on_blocked = coroutine, alarm, limit, on_blocked
 
     def __await__(self) -> Generator[Any, Any, float]:
         # Python's own rules of delegation (PEP 380) between the event loop and the environment's coroutine.
@@ -278,7 +291,17 @@ class _Guarded:
             try:
                 value = yield waiting
             except BaseException as error:
+                if self._limit.abandoned:
+                    self._abandon()
+                    raise
                 thrown = error
+
+    def _abandon(self) -> None:
+        """Never resume the coroutine again; the cancellation goes on as that of the time limit."""
+        with contextlib.suppress(RuntimeError):  # "coroutine ignored GeneratorExit": it catches that too
+            self._coroutine.close()
+        if (task := asyncio.current_task()) is not None:
+            task.uncancel()  # of the two cancellations, the one that asyncio.timeout does not know
 
 
 class _Alarm:
