@@ -209,3 +209,12 @@ def test_a_summary_of_little_shows_little():
 )  # fmt: skip
 def test_numbers_in_words(form, value: float | None, text: str):
     assert form(value) == text
+
+
+def test_a_phase_that_fails_is_not_called_done() -> None:
+    console, file = text_console(80)
+    progress = RichProgress(console)
+    progress.phase("loading", None)
+    progress.close(completed=False)
+    assert "loading: stopped after" in file.getvalue()
+    assert "done" not in file.getvalue()

@@ -52,8 +52,8 @@ class Progress(Protocol):
         """A line that stays on the screen."""
         ...
 
-    def close(self) -> None:
-        """End the current phase; a second call does nothing."""
+    def close(self, completed: bool = True) -> None:
+        """End the current phase, which was completed or not; a second call does nothing."""
         ...
 
 
@@ -69,7 +69,7 @@ class SilentProgress:
     def note(self, text: str) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, completed: bool = True) -> None:
         pass
 
 
@@ -145,12 +145,13 @@ class RichProgress:
     def note(self, text: str) -> None:
         self._print(text)
 
-    def close(self) -> None:
+    def close(self, completed: bool = True) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
         elif self._phase is not None and self._phase.total is None:
-            self._print(f"{self._phase.title}: done in {words.duration(self._phase.elapsed)}")
+            how = "done in" if completed else "stopped after"
+            self._print(f"{self._phase.title}: {how} {words.duration(self._phase.elapsed)}")
         self._phase = None
 
     def _render(self) -> RenderableType:

@@ -27,15 +27,17 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
         from vcpo.runtime.inline import train_inline as train_here
     else:
         from vcpo.runtime.local import train_local as train_here
+    completed = False
     try:
         summary = train_here(config, run, progress, resume=resume is not None)
+        completed = summary["completed"]
     except (ConfigError, KeyboardInterrupt):
         if resume is None and not run.has_begun:
             run.remove()  # nothing was done: do not leave a folder that blocks the corrected command
         raise
     finally:
-        progress.close()
-    if summary["completed"]:
+        progress.close(completed)
+    if completed:
         from vcpo.monitor.report import write_report
 
         write_report(run.path)
