@@ -396,6 +396,16 @@ def test_a_cache_that_cannot_be_written_costs_nothing(
 # Where the time went
 
 
+def test_the_wall_time_of_a_resumed_run_holds_all_of_its_stretches(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, pipeline__steps=3)
+    first = read_metrics(run)[-1]["elapsed"]
+    train(config_of(tmp_path, "run", {"pipeline.steps": 6}), resume=run)
+    second = read_metrics(run)[-1]["elapsed"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["wall_seconds"] >= first + second
+    assert summary["seconds_training"] <= summary["wall_seconds"]
+
+
 def test_in_one_process_the_learner_waits_while_rollouts_are_played(tmp_path: Path) -> None:
     """Training, waiting and publishing are disjoint, and waiting holds all of the sampling."""
     run = tiny_run(tmp_path, pipeline__lag=2)

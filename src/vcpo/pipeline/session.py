@@ -11,7 +11,7 @@ from typing import Any
 from vcpo.config import Config
 from vcpo.monitor.progress import Progress
 from vcpo.monitor.sinks import METRICS_FILE, MetricsWriter, read_metrics
-from vcpo.monitor.statistics import run_totals, total
+from vcpo.monitor.statistics import run_totals, time_spent, total
 from vcpo.pipeline.controller import Arrivals, Begun, Controller, LearnerPort, Publication, SamplerPort
 from vcpo.pipeline.evaluation import success_figures
 from vcpo.pipeline.journal import Journal
@@ -124,6 +124,7 @@ async def _evaluation(controller: Controller, when: str) -> dict[str, Any]:
 
 def _figures(config: Config, run: RunFolder, parts: Parts, controller: Controller) -> dict[str, Any]:
     pipeline, rows = config.pipeline, read_metrics(run.path)
+    before_resume = time_spent([row for row in rows if row["step"] <= parts.begun.version]).elapsed
     return {
         "completed": True,
         "algorithm": config.algorithm.name,
@@ -139,7 +140,7 @@ def _figures(config: Config, run: RunFolder, parts: Parts, controller: Controlle
         "failed_episodes": int(total(rows, "failed_episodes")),
         "action_tokens": int(total(rows, "action_tokens")),
         "seconds_evaluating": controller.seconds_evaluating,
-        "wall_seconds": time.perf_counter() - parts.begun_at,
+        "wall_seconds": before_resume + time.perf_counter() - parts.begun_at,
         "run_folder": str(run.path),
         "report": str(run.path / "report.html"),
         "model_folder": str(run.model),
