@@ -85,7 +85,7 @@ class EnvironmentConfig(Section):
     max_tokens: PositiveInt = 32
     """The most tokens the model may sample in one turn."""
     timeout_seconds: PositiveFloat = 60.0
-    """Time an episode may take, sampling included; past it the episode fails: retried once, then reward 0."""
+    """Time an episode may take, the wait for the sampler not counted; past it: retried once, then reward 0."""
     size: int = Field(default=4, ge=2, le=26)
     """sort: digits to sort; maze: side of the grid (at most 5); countdown: numbers given (at most 6)."""
     walls: NonNegativeInt = 3
@@ -171,7 +171,7 @@ class EvaluationConfig(Section):
 
 class RuntimeConfig(Section):
     samplers: PositiveInt = 1
-    """Sampler processes."""
+    """Sampler processes (async mode)."""
     threads: PositiveInt = 1
     """Torch threads of each process; small models are fastest with 1."""
     timeout_seconds: PositiveFloat = 600.0
