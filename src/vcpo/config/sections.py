@@ -85,7 +85,7 @@ class EnvironmentConfig(Section):
     max_tokens: PositiveInt = 32
     """The most tokens the model may sample in one turn."""
     timeout_seconds: PositiveFloat = 60.0
-    """Time an episode may take, the wait for the sampler not counted; past it: retried once, then reward 0."""
+    """Time an episode may take, its wait for the sampler left out; then: retried once, then reward 0."""
     size: int = Field(default=4, ge=2, le=26)
     """sort: digits to sort; maze: side of the grid (at most 5); countdown: numbers given (at most 6)."""
     walls: NonNegativeInt = 3
