@@ -75,7 +75,7 @@ class Algorithm:
             raise ConfigError(
                 f"{self.name}: the surrogate weighs tokens by their ratios already; use importance level none"
             )
-        if self.baseline.needs_score_norms and (self.surrogate.weighs_by_ratio or level.per_token):
+        if self.baseline.needs_score_norms and not self.weighs_trajectories:
             raise ConfigError(
                 f"{self.name}: the {self.baseline.name} baseline needs one weight a trajectory, and this "
                 "algorithm weighs every token; choose another algorithm.baseline or algorithm.name"
@@ -85,6 +85,11 @@ class Algorithm:
     def needs_score_norms(self) -> bool:
         """Whether the learner must measure squared score norms for :meth:`update`."""
         return self.baseline.needs_score_norms
+
+    @property
+    def weighs_trajectories(self) -> bool:
+        """Whether c_{i,t} = w_i A_i, the same for all tokens, with a weight that knows no advantage."""
+        return not (self.surrogate.weighs_by_ratio or self.importance.level.per_token)
 
     @torch.no_grad()
     def update(self, evidence: Evidence) -> Update:

@@ -141,6 +141,8 @@ class LearnerConfig(Section):
     """Steps over which the learning rate rises linearly from 0."""
     token_budget: PositiveInt = 8192
     """The most tokens, padding included, in one micro-batch."""
+    score_norms: Literal["sketched", "exact"] = "sketched"
+    """Score norms of the optimal baseline: from random projections where that is cheaper, or exact."""
     checkpoint_every: NonNegativeInt = 100
     """Steps between checkpoints; 0: only at the end."""
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vcpo.algorithms.composition import Evidence, Update
 from vcpo.estimators.ess import effective_sample_size, ess_ratio
+from vcpo.learner.accumulate import Contribution
 from vcpo.trajectory import Group
 
 
@@ -37,9 +37,13 @@ class StepEvidence:
     """Bool, one entry for each weight that truncation or clipping changed or could have changed."""
     squared_norms: Tensor | None
     """[B]."""
+    norm_errors: Tensor | None
+    """[B] estimated relative errors of the squared norms."""
 
     @staticmethod
-    def of(parts: Sequence[tuple[Update, Evidence]]) -> StepEvidence:
+    def of(contributions: Sequence[Contribution]) -> StepEvidence:
+        parts = [(c.update, c.evidence) for c in contributions]
+        errors = [c.relative_errors for c in contributions if c.relative_errors is not None]
         norms = [e.squared_score_norms for _, e in parts if e.squared_score_norms is not None]
         # A trajectory without sampled tokens (a failed episode) has weight 1 and no gradient. Where the
         # others have drifted to small weights it would own the ESS; it says nothing about the policies.
@@ -56,6 +60,7 @@ class StepEvidence:
                 [u.truncated[e.mask] if u.truncated.dim() == 2 else u.truncated for u, e in parts]
             ),
             squared_norms=torch.cat(norms) if norms else None,
+            norm_errors=torch.cat(errors) if errors else None,
         )
 
     @property
@@ -81,6 +86,8 @@ class StepEvidence:
         if self.squared_norms is not None:
             norms = self.squared_norms.sqrt()
             figures |= {"score_norm_mean": norms.mean(), "score_norm_max": norms.max()}
+        if self.norm_errors is not None:
+            figures["score_norm_error"] = self.norm_errors.mean()
         return {name: float(value) for name, value in figures.items()}
 
 

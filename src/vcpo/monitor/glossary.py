@@ -190,6 +190,13 @@ _METRICS = (
         "Many times the mean: one unlikely trajectory dominates the gradient.",
     ),
     Metric(
+        "score_norm_error",
+        "update",
+        "",
+        "Estimated relative error of the squared score norms, their mean; only where norms are measured.",
+        "Below .2: most of it is common to a group, without effect on its baseline. 0: norms are exact.",
+    ),
+    Metric(
         "baseline_mean",
         "update",
         "",

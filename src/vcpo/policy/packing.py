@@ -123,13 +123,19 @@ def pack(trajectories: Sequence[Trajectory], *, pad_id: int = 0, packed: bool = 
 
 
 def micro_batches(
-    trajectories: Sequence[Trajectory], groups: Sequence[int], token_budget: int, *, packed: bool = True
+    trajectories: Sequence[Trajectory],
+    groups: Sequence[int],
+    token_budget: int,
+    *,
+    packed: bool = True,
+    kinds: Sequence[float] | None = None,
 ) -> list[list[list[int]]]:
     """Cut a minibatch into units of micro-batches of at most ``token_budget`` padded tokens.
 
     A unit holds whole groups. Small groups share one micro-batch, which is then a unit; a group that does
     not fit the budget is a unit of several micro-batches. A trajectory longer than the budget gets a
-    micro-batch of its own. Returns indices: units > micro-batches > trajectories.
+    micro-batch of its own. With ``kinds``, one a trajectory, such a group is sorted by them and none of its
+    micro-batches holds two. Returns indices: units > micro-batches > trajectories.
     """
     members: dict[int, list[int]] = {}
     for i, g in enumerate(groups):
@@ -154,16 +160,22 @@ def micro_batches(
         if cost(group) <= token_budget:
             current = list(group)
         else:
-            units.append(_split(group, cost, token_budget))
+            units.append(_split(group, cost, token_budget, kinds))
     if current:
         units.append([current])
     return units
 
 
-def _split(group: Sequence[int], cost: Callable[[Sequence[int]], int], token_budget: int) -> list[list[int]]:
+def _split(
+    group: Sequence[int],
+    cost: Callable[[Sequence[int]], int],
+    token_budget: int,
+    kinds: Sequence[float] | None,
+) -> list[list[int]]:
     batches: list[list[int]] = []
-    for i in group:
-        if batches and cost([*batches[-1], i]) <= token_budget:
+    for i in group if kinds is None else sorted(group, key=lambda i: kinds[i]):
+        alike = bool(batches) and (kinds is None or kinds[i] == kinds[batches[-1][-1]])
+        if alike and cost([*batches[-1], i]) <= token_budget:
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -15,7 +15,7 @@ and the cross terms ⟨G_k, G_l⟩ have the same form, with rows and columns of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
@@ -44,6 +44,8 @@ class Lookup:
 
     tokens: Int[Tensor, " P"]
     columns: Float[Tensor, "P d"]
+    height: int
+    """V."""
 
 
 @dataclass(frozen=True)
@@ -56,38 +58,30 @@ class Vector:
 Factor = Outer | Lookup | Vector
 
 
-def total_squared_norms(gradients: Iterable[Sequence[Factor]], layout: Layout) -> Float[Tensor, " N"]:
-    """Σ over parameters of ‖∇‖², for each trajectory; one sequence of factors (its uses) a parameter."""
-    shared: dict[tuple[object, ...], list[Outer]] = {}
-    terms: list[Tensor] = []
-    for uses in gradients:
-        if len(uses) == 1 and isinstance(uses[0], Outer):
-            shared.setdefault(_memory(uses[0].columns), []).append(uses[0])
-        else:
-            terms.append(_parameter_norms(uses, layout))
-    # Layers that read one input (query, key, value; gate, up) are one wide layer: its AAᵀ is found once.
-    terms += [_outer_norms([o.rows for o in outers], outers[0].columns, layout) for outers in shared.values()]
-    return reduce(torch.add, terms)
-
-
-def _memory(values: Tensor) -> tuple[object, ...]:
+def memory_of(values: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same numbers in the same place."""
     return values.data_ptr(), values.shape, values.stride(), values.dtype
 
 
-def _parameter_norms(uses: Sequence[Factor], layout: Layout) -> Tensor:
-    vectors = [layout.sums(use.values) for use in uses if isinstance(use, Vector)]
-    matrices = [use for use in uses if not isinstance(use, Vector)]
-    if vectors:
-        return reduce(torch.add, vectors).square().sum(-1)
-    total = reduce(torch.add, [_matrix_norms(use, layout) for use in matrices])
-    for one, other in combinations(matrices, 2):
+def shared_norms(outers: Sequence[Outer], layout: Layout) -> Float[Tensor, " N"]:
+    """Σ over parameters of ‖∇‖², for each trajectory, where all have the same columns.
+
+    Layers that read one input (query, key, value; gate, up) are one wide layer: its AAᵀ is found once.
+    """
+    return _outer_norms([o.rows for o in outers], outers[0].columns, layout)
+
+
+def matrix_norms(uses: Sequence[Outer | Lookup], layout: Layout) -> Float[Tensor, " N"]:
+    """‖∇‖² of one parameter, for each trajectory; one factor for each use of it."""
+    total = reduce(torch.add, [_matrix_norms(use, layout) for use in uses])
+    for one, other in combinations(uses, 2):
         total = total + 2 * _inner_products(one, other, layout)
     return total.clamp_min(0)  # gradients that cancel may leave a rounding error below zero
 
 
 def _matrix_norms(use: Outer | Lookup, layout: Layout) -> Tensor:
     if isinstance(use, Outer):
-        return _outer_norms([use.rows], use.columns, layout)
+        return shared_norms([use], layout)
     sums, owners = layout.token_sums(use.tokens, use.columns)
     return layout.zeros(sums).index_add_(0, owners, sums.square().sum(-1))
 
@@ -126,12 +120,16 @@ def _formed_norms(rows: Iterator[Tensor], columns: Float[Tensor, "n T d"]) -> Fl
 
 def _inner_products(one: Outer | Lookup, other: Outer | Lookup, layout: Layout) -> Float[Tensor, " N"]:
     """⟨∇₁, ∇₂⟩ of two uses of one parameter, for each trajectory."""
-    width = max(v.shape[-1] for use in (one, other) for v in vars(use).values() if v.dim() == 2)
+    width = max(w for use in (one, other) for w in (use.columns.shape[-1], _row_width(use)))
     products = layout.zeros(one.columns)
     for block in layout.blocks(lambda length: 2 * length * (width + length)):
         columns = block.gather_padded(one.columns) @ block.gather_padded(other.columns).mT
         products[block.members] = (columns * _row_kernel(one, other, block)).sum((1, 2))
     return products
+
+
+def _row_width(use: Outer | Lookup) -> int:
+    return use.rows.shape[-1] if isinstance(use, Outer) else 1
 
 
 def _row_kernel(one: Outer | Lookup, other: Outer | Lookup, block: Block) -> Float[Tensor, "n T T"]:

@@ -66,12 +66,12 @@ def _linear_kind(module: nn.Module) -> Rule | None:
 
 
 def _linear(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
-    a, e = _flat(a, rows), _flat(e, rows)
+    a, e = _flat(a, rows).to(e.dtype), _flat(e, rows)  # what autocast multiplies
     return {"weight": Outer(rows=e, columns=a), "bias": Vector(e)}
 
 
 def _conv1d(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
-    a, e = _flat(a, rows), _flat(e, rows)
+    a, e = _flat(a, rows).to(e.dtype), _flat(e, rows)
     return {"weight": Outer(rows=a, columns=e), "bias": Vector(e)}
 
 
@@ -88,7 +88,8 @@ class _Embedding:
             columns = columns * self.scale
         if self.padding_token is not None:
             columns = columns.masked_fill((tokens == self.padding_token)[:, None], 0)
-        return {"weight": Lookup(tokens, columns)}
+        assert isinstance(module, nn.Embedding)
+        return {"weight": Lookup(tokens, columns, height=module.num_embeddings)}
 
 
 def _embedding_kind(module: nn.Module) -> Rule | None:
@@ -135,7 +136,7 @@ class _ScaleNorm:
 
 def _output_with(module: nn.Module, value: float | Tensor, a: Tensor) -> Tensor:
     weight = module.get_parameter("weight")
-    replaced = value if isinstance(value, Tensor) else torch.full_like(weight, value)
+    replaced = value if isinstance(value, Tensor) else torch.full(weight.shape, value).to(a)
     return functional_call(module, {"weight": replaced}, (a,))
 
 

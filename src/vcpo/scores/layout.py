@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,6 +104,11 @@ class Layout:
         """N."""
         return len(self.lengths)
 
+    @property
+    def mean_length(self) -> float:
+        """Mean length of the trajectories that are not empty; 0 if all are."""
+        return sum(self.sorted_lengths) / max(len(self.sorted_lengths), 1)
+
     def zeros(self, like: Tensor) -> Float[Tensor, " N"]:
         """A number for each trajectory."""
         return precise(like[:0]).new_zeros(self.count)
@@ -133,6 +139,30 @@ class Layout:
         run = torch.arange(first, first + index.numel(), device=index.device).view_as(index)
         unbroken = longest == shortest and torch.equal(index, run)
         return Block(members, index, (~within).flatten().nonzero()[:, 0], first if unbroken else None)
+
+    @cached_property
+    def spans(self) -> list[slice | Tensor]:
+        """Where each trajectory's positions lie: a slice if they are one run, else their index."""
+        spans: list[slice | Tensor] = []
+        for index in self.positions.split(self.lengths.tolist()):
+            first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -1)
+            run = last - first + 1 == len(index)  # positions are in ascending order
+            spans.append(slice(first, last + 1) if run else index)
+        return spans
+
+    def spread(self, values: Float[Tensor, " N"], positions: int) -> Float[Tensor, " P"]:
+        """Each trajectory's number at its positions, 0 on padding."""
+        spread = values.new_zeros(positions)
+        spread[self.positions] = torch.repeat_interleave(values, self.lengths)
+        return spread
+
+    def outer_sums(self, rows: Float[Tensor, "P r"], columns: Float[Tensor, "P s"]) -> Float[Tensor, "N r s"]:
+        """Σ of rows_t ⊗ columns_t over each trajectory's positions; both must be narrow."""
+        r, s = rows.shape[-1], columns.shape[-1]
+        sums = precise(rows[:0]).new_zeros(self.count, r, s)
+        for block in self.blocks(lambda length: length * (r + s) + r * s):
+            sums[block.members] = block.gather(rows).mT @ block.gather_padded(columns)
+        return sums
 
     def sums(self, values: Float[Tensor, "P d"]) -> Float[Tensor, "N d"]:
         """Σ of each trajectory's rows of ``values``."""

@@ -1,25 +1,32 @@
-"""Squared score norms of all trajectories from one batched backward pass that finds data gradients only.
+"""Squared score norms of all trajectories, and then their weighted gradient, from one batched backward pass.
+
+A forward hook puts an identity function, a *tap*, on the output of every module that owns trainable
+parameters. In the backward pass a tap sees the module's input A and the gradient E of its output, which
+together are each trajectory's gradient of the module's weights. `docs/scores.md` has the algebra.
 
 Departs from the official VCPO code, which runs one backward pass a trajectory with micro-batches of one and
-two more gradient buffers: here nothing is summed into parameters, and a batch may be packed.
+two more gradient buffers: here a batch may be packed, and every product of a plain step is done once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.autograd.function import once_differentiable
 
 from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
-from vcpo.scores.factors import Factor, total_squared_norms
+from vcpo.scores.choice import METHODS, Choice
+from vcpo.scores.collector import Collector
 from vcpo.scores.layers import Rule, rule_for
 from vcpo.scores.layout import BUDGET, Layout
+from vcpo.scores.record import Record, ScoreNorms
+from vcpo.scores.sketch import Signs
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -27,21 +34,67 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Use:
-    """One call of one module."""
+    """One call of one module, with the parameters it had then (FSDP gathers them for the call)."""
 
     module: nn.Module
-    input: Tensor
-    output: Tensor
-    versions: tuple[int, int]
+    name: str
+    parameters: Mapping[str, Tensor]
+
+
+@dataclass
+class _Recording:
+    """One forward pass."""
+
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    """A leaf that every tap depends on: a backward pass to it alone passes all taps and no parameter."""
+    uses: Counter[Tensor] = field(default_factory=Counter)
+    """How often each parameter was used."""
+    names: dict[Tensor, str] = field(default_factory=dict)
+    owners: dict[Tensor, tuple[nn.Module, str]] = field(default_factory=dict)
+    called: set[nn.Module] = field(default_factory=set)
+    without_gradient: nn.Module | None = None
+    last: nn.Module | None = None
+    sink: Callable[[_Use, Tensor, Tensor], None] | None = None
+    """Who takes (use, A, E) while a measuring backward pass runs."""
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which shows (A, E) to the recording on the way back.
+
+    A is saved the way autograd saves tensors, so that checkpointing may drop and recompute it.
+    """
 
     @staticmethod
-    def of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> _Use:
-        a = args[0] if args else next(iter(kwargs.values()))
-        return _Use(module, a, output, (a._version, output._version))
+    def forward(
+        ctx: Any, output: Tensor, a: Tensor, anchor: Tensor, recording: _Recording, use: _Use
+    ) -> Tensor:
+        ctx.save_for_backward(a)
+        ctx.set_materialize_grads(False)
+        ctx.recording, ctx.use = recording, use
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        if grad is not None and ctx.recording.sink is not None:
+            ctx.recording.sink(ctx.use, _saved_input(ctx), grad)
+        return grad, None, None, None, None
+
+
+def _saved_input(ctx: Any) -> Tensor:
+    try:
+        (a,) = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise UnsupportedLayerError(
+            f"{ctx.use.name} had its input changed in place after the call"
+        ) from error
+    return a
 
 
 class ScoreTape:
-    """Records a forward pass, then gives ‖∇_θ Σ_t n_i log π_θ(y_{i,t})‖² of every trajectory i.
+    """Records a forward pass; gives ‖∇_θ Σ_t n_i log π_θ(y_{i,t})‖² of every trajectory i, then Σ c_i ∇.
 
     The score norms of OPOB (VCPO, arXiv 2602.17616, b* = Σ w²‖s‖²R / Σ w²‖s‖²), over all trainable
     parameters; frozen ones are left out. Example::
@@ -50,141 +103,251 @@ class ScoreTape:
         with tape:                         # each micro-batch
             logits = model(input_ids=ids, position_ids=positions).logits
         objective = (normaliser * log_prob_sums(logits)).sum()
-        norms = tape.squared_norms(objective, segments, count, retain_graph=True)
+        record = tape.measure(objective, segments, count)       # one backward over activations
+        baseline = optimal_baseline(rewards, log_weights, record.squared_norms, groups)
+        record.backward(-weights * (rewards - baseline))        # adds to .grad, like loss.backward()
 
     Trajectories must be independent of each other, as they are in padded rows and in packed rows whose
     position ids restart. All positions count, prompts too: the score reaches them through attention.
 
-    One forward pass a ``with``, measured once. Non-reentrant gradient checkpointing
-    works (the layers' inputs are then kept by the tape), reentrant checkpointing raises.
+    ``method``: ``"sketched"`` estimates norms from random projections where that is cheaper than finding
+    them exactly, ``"exact"`` never does (:mod:`vcpo.scores.choice`). ``seed`` decides the projections; set
+    :attr:`seed` to another number each step to draw them anew. ``only``: names of modules to which the
+    norms are restricted. ``budget`` bounds the numbers that temporaries of one layer hold, beyond one
+    trajectory's needs.
 
-    ``budget`` bounds the numbers that the temporaries of one layer hold, beyond one trajectory's needs.
+    Make it after wrapping the model (LoRA, ``fully_shard``) and before the first call of a compiled model.
+    Its hooks do nothing outside ``with``; :meth:`remove` takes them away. Non-reentrant gradient
+    checkpointing works; what cannot be measured raises and is named, nothing is left out in silence.
 
     Raises UnsupportedLayerError at construction for a module that owns trainable parameters and has no
-    rule in :mod:`vcpo.scores.layers`.
+    rule in :mod:`vcpo.scores.layers`; VcpoError for an unknown method or module name.
     """
 
-    def __init__(self, model: nn.Module, *, budget: int = BUDGET) -> None:
-        self._model, self._budget = model, budget
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        method: str | Choice = "sketched",
+        seed: int = 0,
+        only: Collection[str] | None = None,
+        budget: int = BUDGET,
+    ) -> None:
+        self.seed = seed
+        self._model, self._budget, self._only = model, budget, only
+        self._choice = _choice_named(method)
         self._rules: dict[nn.Module, Rule] = {}
         self._names: dict[nn.Module, str] = {}
-        self._handles: list[RemovableHandle] = []
-        self._uses: list[_Use] = []
-        self._recording = False
+        self._registered: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self._recording: _Recording | None = None
+        self._open = False
+        self._signs = Signs(seed, self._choice.columns)
         self._inspect()
+        # A compiled model is cut there: autograd sees no tensor inside a compiled piece.
+        hook = torch.compiler.disable(self._tap)
+        # On every module, frozen or not: it may be thawed later.
+        self._handles = [
+            module.register_forward_hook(hook, with_kwargs=True)
+            for module in model.modules()
+            if any(True for _ in module.parameters(recurse=False))
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the model; the tape is then of no more use."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _inspect(self) -> None:
         """Name the modules to watch; again at every entry, since parameters may be frozen between."""
-        self._names = {module: name for name, module in self._model.named_modules() if _trainable(module)}
-        for module, name in self._names.items():
+        watched = {module: _clean(name) for name, module in self._model.named_modules() if _trainable(module)}
+        if self._only is not None:
+            unknown = set(self._only) - set(watched.values())
+            if unknown:
+                raise VcpoError(f"no module with trainable parameters is called {', '.join(sorted(unknown))}")
+            watched = {module: name for module, name in watched.items() if name in self._only}
+        self._names = watched
+        for module, name in watched.items():
             if module not in self._rules:
                 self._rules[module] = rule_for(name, module)
+            for own, parameter in _trainable(module).items():
+                known = self._registered.get((module, own))
+                # FSDP shows gathered parameters at times; the sharded one is what the optimizer steps.
+                if known is None or not hasattr(known, "device_mesh"):
+                    self._registered[module, own] = parameter
 
     def __enter__(self) -> ScoreTape:
         self._inspect()
-        self._uses.clear()
-        self._recording = True
-        self._handles = [m.register_forward_hook(self._record, with_kwargs=True) for m in self._names]
+        self._recording, self._open = _Recording(), True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if error is not None:
-            self._uses.clear()
+        self._open = False
+        if error is None or self._recording is None:
+            return
+        last, self._recording = self._recording.last, None
+        if isinstance(error, RuntimeError) and "_Tap is a view" in str(error) and last is not None:
+            raise self._unsupported(
+                last, "(or one called before it) had its output changed in place: let the next operation copy"
+            ) from error
 
-    def _record(
+    def _tap(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        # Checkpointed layers run again during the backward pass: those calls are not uses.
-        if self._recording:
-            self._uses.append(_Use.of(module, args, kwargs, output))
+    ) -> Tensor | None:
+        recording = self._recording
+        if recording is None or module not in self._names:
+            return None
+        # Checkpointed layers run again during the measuring pass: tapped too, as they were, but not counted.
+        if not self._open and recording.sink is None:
+            return None
+        use = _Use(module, self._name(module), _trainable(module))
+        if self._open:
+            self._note(recording, use, output)
+        a = args[0] if args else next(iter(kwargs.values()))
+        return _Tap.apply(output, a, recording.anchor, recording, use)
 
-    def squared_norms(
-        self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int, *, retain_graph: bool
-    ) -> Float[Tensor, " N"]:
-        """The squared score norm of each of ``count`` trajectories.
+    def _note(self, recording: _Recording, use: _Use, output: Tensor) -> None:
+        recording.called.add(use.module)
+        recording.last = use.module
+        if not output.requires_grad:
+            recording.without_gradient = recording.without_gradient or use.module
+        for own, parameter in use.parameters.items():
+            recording.uses[parameter] += 1
+            recording.names.setdefault(parameter, f"{self._names[use.module]}.{own}".lstrip("."))
+            recording.owners.setdefault(parameter, (use.module, own))
+
+    def measure(self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int) -> Record:
+        """Squared score norms now; the gradient when coefficients are known, by :meth:`Record.backward`.
 
         Formula: ‖∇_θ n_i Σ_t log π_θ(y_{i,t})‖² where ``objective`` = Σ_i n_i Σ_t log π_θ(y_{i,t}). The
         caller normalises: whatever factor n_i (length, truncated weight) the update gives a trajectory
-        belongs in the objective, so that norm and update are of the same thing.
+        belongs in the objective or in the coefficients, so that norm and update are of the same thing.
 
         Shapes: ``segments`` has the trajectory of each position of the rows that the model saw, -1 on
-        padding; the result is [count], in float32 or the model's precision if that is better. A
-        trajectory without sampled tokens has norm exactly 0.
+        padding; norms are [count], in float32 or the model's precision if that is better. A trajectory
+        without sampled tokens has norm exactly 0.
 
-        No gradient flows through the result and none reaches ``.grad``. ``retain_graph=True`` leaves the
-        graph usable for an ordinary backward pass.
+        The backward pass finds gradients of activations only; nothing reaches ``.grad``, and the graph is
+        freed. No gradient flows through the result.
 
         Raises UnsupportedLayerError, naming the module, if a layer was bypassed, saw other positions than
         R × T, or ran without gradient; NonFiniteError naming the first trajectory whose norm is NaN or
-        infinite.
+        infinite; VcpoError if the objective does not come from the recorded forward pass.
         """
-        self._recording = False
+        if self._only is not None:
+            raise VcpoError("a tape restricted by only= has no whole gradient to give: use squared_norms")
+        return self._run(objective, segments, count, keep=True, whole=False)
+
+    def squared_norms(
+        self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int
+    ) -> Float[Tensor, " N"]:
+        """The norms alone, of :meth:`measure`: keeps nothing, for when memory is short.
+
+        The gradient then takes a second forward pass. Shapes, normalisation and errors as there.
+        """
+        return self._run(objective, segments, count, keep=False, whole=False).squared_norms
+
+    def backward(self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int) -> ScoreNorms:
+        """``objective.backward()``, with the norms found on its way: keeps nothing.
+
+        For coefficients that are the same for all trajectories of a micro-batch, or linear in something
+        known, so that gradients can be accumulated before they are scaled. Shapes, normalisation and errors
+        as in :meth:`measure`.
+        """
+        return self._run(objective, segments, count, keep=False, whole=True)
+
+    def _run(self, objective: Tensor, segments: Tensor, count: int, *, keep: bool, whole: bool) -> Record:
+        recording = self._check(objective)
+        layout = Layout.of(segments, count, self._budget)
+        if self._signs.seed != self.seed:
+            self._signs = Signs(self.seed, self._choice.columns)
+        collector = Collector(layout, self._choice, self._signs, recording.uses, recording.names, keep=keep)
+        edges = _parameter_edges(objective)
+
+        def take(use: _Use, a: Tensor, e: Tensor) -> None:
+            with torch.no_grad():
+                for parameter, factor in self._factors(use, a, e, segments.shape):
+                    collector.add(parameter, factor)
+
+        recording.sink = take
+        try:
+            if whole:
+                objective.backward()
+            else:
+                torch.autograd.grad(objective, recording.anchor, allow_unused=True)
+        finally:
+            recording.sink, self._recording = None, None
+        if not collector.arrived:
+            raise VcpoError("the objective does not depend on the recorded forward pass: use its own logits")
+        self._check_bypass(recording, edges, collector.arrived)
+        with torch.no_grad():
+            norms, variances = collector.finish()
+        errors = variances.sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        kept = {self._registered[recording.owners[p]]: k for p, k in collector.kept.items()}
+        return Record(_finite(norms), errors, collector.methods, kept, layout)
+
+    def _check(self, objective: Tensor) -> _Recording:
         if not objective.requires_grad:
             raise VcpoError("the objective has no gradient: was it computed under no_grad, or detached?")
-        self._check_calls()
-        layout = Layout.of(segments, count, self._budget)
-        outputs = [use.output for use in self._uses]
-        grads = torch.autograd.grad(objective, outputs, retain_graph=retain_graph, allow_unused=True)
-        with torch.no_grad():
-            gradients = self._gradients(grads, segments.shape)
-            self._check_bypass(objective, gradients)
-            self._uses.clear()  # or the tape would keep activations alive through the optimizer's step
-            norms = total_squared_norms(gradients.values(), layout)
-        return _finite(norms)
-
-    def _check_calls(self) -> None:
-        called = {use.module for use in self._uses}
+        recording = self._recording
+        if recording is None or self._open:
+            raise VcpoError(
+                "nothing is recorded: run the forward pass inside `with tape:`, measure it after, once"
+            )
         for module in self._names:
-            if module not in called:
+            if module not in recording.called:
                 raise self._unsupported(
-                    module, "was not called while the tape ran: call the module itself, or freeze it"
+                    module,
+                    "was not called while the tape ran: call the module itself, or freeze it (a compiled "
+                    "model needs the tape before its first call)",
                 )
-        for use in self._uses:
-            if not use.output.requires_grad:
-                raise self._unsupported(
-                    use.module,
-                    "ran without gradient: use no torch.no_grad, and no reentrant gradient checkpointing",
-                )
-            if use.versions != (use.input._version, use.output._version):
-                raise self._unsupported(use.module, "had its input or output changed in place after the call")
+        if recording.without_gradient is not None:
+            raise self._unsupported(
+                recording.without_gradient,
+                "ran without gradient: use no torch.no_grad, and no reentrant gradient checkpointing",
+            )
+        return recording
 
-    def _gradients(
-        self, grads: Sequence[Tensor | None], rows: torch.Size
-    ) -> dict[nn.Parameter, list[Factor]]:
-        """The factors of each trainable parameter's gradient, one for each use that reaches the objective."""
-        gradients: dict[nn.Parameter, list[Factor]] = {}
-        for use, grad in zip(self._uses, grads, strict=True):
-            if grad is None:
-                continue
-            try:
-                factors = self._rules[use.module](use.module, use.input, grad, rows)
-            except ValueError as error:
-                raise self._unsupported(
-                    use.module, f"saw {error}, but the segments are {tuple(rows)} (rows, positions)"
-                ) from error
-            for name, parameter in _trainable(use.module).items():
-                gradients.setdefault(parameter, []).append(factors[name])
-        if not gradients:
-            raise VcpoError("the objective does not depend on the recorded forward pass: use its own logits")
-        return gradients
+    def _factors(self, use: _Use, a: Tensor, e: Tensor, rows: torch.Size) -> list[tuple[Tensor, Any]]:
+        try:
+            factors = self._rules[use.module](use.module, a, e, rows)
+        except ValueError as error:
+            raise self._unsupported(
+                use.module, f"saw {error}, but the segments are {tuple(rows)} (rows, positions)"
+            ) from error
+        return [(parameter, factors[own]) for own, parameter in use.parameters.items()]
 
-    def _check_bypass(self, objective: Tensor, gradients: Mapping[nn.Parameter, list[Factor]]) -> None:
-        """A parameter that the graph meets more often than the hooks was used outside its modules."""
-        met = _parameter_edges(objective)
-        for name, parameter in self._model.named_parameters():
-            if met[parameter] > len(gradients.get(parameter, ())):
+    def _check_bypass(self, recording: _Recording, edges: Counter[Tensor], arrived: Counter[Tensor]) -> None:
+        """A parameter that the graph meets more often than the taps was used outside its modules."""
+        if self._only is not None:
+            return
+        for parameter, name in recording.names.items():
+            if edges[parameter] > arrived[parameter]:
                 raise UnsupportedLayerError(
                     f"parameter {name} is also used outside the forward call of its module: its score norm "
                     "would lack that part; call the module, or freeze the parameter"
                 )
 
     def _unsupported(self, module: nn.Module, what: str) -> UnsupportedLayerError:
-        return UnsupportedLayerError(f"module {self._names[module]} ({type(module).__name__}) {what}")
+        return UnsupportedLayerError(f"{self._name(module)} {what}")
+
+    def _name(self, module: nn.Module) -> str:
+        return f"module {self._names[module]} ({type(module).__name__})"
+
+
+def _choice_named(method: str | Choice) -> Choice:
+    if isinstance(method, Choice):
+        return method
+    if method not in METHODS:
+        raise VcpoError(f"no score-norm method {method!r}: choose {' or '.join(METHODS)}")
+    return METHODS[method]
+
+
+def _clean(name: str) -> str:
+    """A module's name as it is without torch.compile, so that sketches are the same with it."""
+    return name.replace("_orig_mod.", "")
 
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:

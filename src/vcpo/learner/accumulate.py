@@ -1,0 +1,272 @@
+"""From a unit of whole groups to its gradient: −Σ nᵢ cᵢₜ ∇log π(yᵢₜ), added to the parameters'.
+
+The coefficients are known only when all of a group is measured. Three ways, by what the unit is:
+
+| unit                | coefficients         | way                                                      |
+|---------------------|----------------------|----------------------------------------------------------|
+| one micro-batch     | any                  | forward, measure, one backward                           |
+| a group in several  | wᵢ Aᵢ, A linear in R | forward, backward of wᵢ, into two sums; combine the sums |
+| a group in several  | one for each token   | forward of all; then forward again, and backward         |
+
+The second: A(R) = α (R − r) + β within a group, with α and β known last. So Σ wᵢ Aᵢ gᵢ =
+α Σ wᵢ (Rᵢ − r) gᵢ + β Σ wᵢ gᵢ, and a micro-batch whose members have one reward adds the same gradient to both
+sums, times a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from vcpo.algorithms.composition import Algorithm, Evidence, Update
+from vcpo.errors import NonFiniteError, VcpoError
+from vcpo.learner.minibatch import Measured, Minibatch, evidence_of
+from vcpo.policy.loading import Policy
+from vcpo.policy.log_probs import sampled_log_probs
+from vcpo.policy.packing import PackedRows, micro_batches, pack
+from vcpo.scores import ScoreTape
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one unit gave to a step, beside its gradient."""
+
+    update: Update
+    evidence: Evidence
+    loss: float
+    relative_errors: Tensor | None = None
+    """[B] of the squared score norms; None if there are none."""
+
+
+SMALLEST_SEED = 1e-12
+"""Weights below this, as a part of the largest in their micro-batch, cannot matter to its gradient."""
+
+
+class Accumulator:
+    """Adds gradients of minibatches to the parameters of a policy."""
+
+    def __init__(
+        self, policy: Policy, algorithm: Algorithm, token_budget: int, *, packed: bool, score_norms: str
+    ) -> None:
+        self._model, self._algorithm = policy.model, algorithm
+        self._budget, self._packed = token_budget, packed
+        # Made here, so that an unsupported layer is named before anything is sampled.
+        self._tape = ScoreTape(policy.model, method=score_norms) if algorithm.needs_score_norms else None
+
+    def units(self, batch: Minibatch) -> list[list[list[int]]]:
+        """The minibatch cut into units of micro-batches: units > micro-batches > places."""
+        return micro_batches(
+            batch.trajectories,
+            batch.groups,
+            self._budget,
+            packed=self._packed,
+            kinds=batch.rewards.tolist() if self._algorithm.weighs_trajectories else None,
+        )
+
+    def add(self, unit: list[list[int]], batch: Minibatch, seed: int) -> Contribution:
+        """Add one unit's gradient. ``seed`` decides the sketch of score norms."""
+        if self._tape is not None:
+            self._tape.seed = seed
+        if len(unit) == 1:
+            return self._at_once(unit[0], batch)
+        if self._algorithm.weighs_trajectories:
+            return self._in_two_sums(unit, batch)
+        return self._in_two_passes(unit, batch)
+
+    def _at_once(self, members: list[int], batch: Minibatch) -> Contribution:
+        rows = self._pack(members, batch)
+        if self._tape is None:
+            log_probs = sampled_log_probs(self._model, rows)
+            evidence = evidence_of([Measured(members, rows, log_probs.detach())], batch)
+            update = self._update(evidence, members)
+            loss = -(
+                _token_factors(update.coefficients, rows, members, batch).to(log_probs) * log_probs
+            ).sum()
+            loss.backward()
+            return Contribution(update, evidence, float(loss.detach()))
+        with self._tape:
+            log_probs = sampled_log_probs(self._model, rows)
+        normalisers = batch.normalisers[members].to(log_probs)
+        objective = (normalisers[rows.action_owners] * log_probs).sum()
+        with _naming(members):
+            record = self._tape.measure(objective, rows.segments, rows.count)
+        evidence = evidence_of([Measured(members, rows, log_probs.detach(), record.squared_norms)], batch)
+        update = self._update(evidence, members)
+        record.backward(-_trajectory_coefficients(update, evidence))
+        loss = _loss(update, evidence, batch.normalisers[members])
+        return Contribution(update, evidence, loss, record.relative_errors)
+
+    def _in_two_sums(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
+        members = [i for part in unit for i in part]
+        least = float(batch.rewards[members].min())
+        parts, errors = [], []
+        with TwoSums(self._model.parameters()) as sums:
+            for part in unit:
+                sums.factor_of_second = float(batch.rewards[part[0]]) - least
+                measured, error = self._backward_of_weights(part, batch, sums)
+                parts.append(measured)
+                errors.append(error)
+            evidence = evidence_of(parts, batch)
+            update = self._update(evidence, members)
+            slope, offset = self._line(evidence.rewards.double() - least, update.advantages.double())
+            sums.combine(-offset, -slope)
+        known = [error for error in errors if error is not None]
+        loss = _loss(update, evidence, batch.normalisers[members])
+        return Contribution(update, evidence, loss, torch.cat(known) if known else None)
+
+    def _backward_of_weights(
+        self, members: list[int], batch: Minibatch, sums: TwoSums
+    ) -> tuple[Measured, Tensor | None]:
+        """The gradient of Σ nᵢ wᵢ log π(τᵢ) goes to the two sums; norms are of nᵢ ∇log π(τᵢ)."""
+        rows = self._pack(members, batch)
+        with self._tape or contextlib.nullcontext():
+            log_probs = sampled_log_probs(self._model, rows)
+        measured = Measured(members, rows, log_probs.detach())
+        with _naming(members):
+            log_weights, _ = self._algorithm.importance(evidence_of([measured], batch))
+            largest = float(log_weights.max())
+            if not math.isfinite(largest):
+                raise NonFiniteError("log-weight", int((~log_weights.isfinite()).nonzero()[0]), "")
+        seeds = (log_weights - largest).exp().clamp_min(SMALLEST_SEED)
+        sums.factor = math.exp(largest)
+        factors = (batch.normalisers[members] * seeds).to(log_probs)
+        objective = (factors[rows.action_owners] * log_probs).sum()
+        if self._tape is None:
+            objective.backward()
+            return measured, None
+        with _naming(members):
+            found = self._tape.backward(objective, rows.segments, rows.count)
+        norms = found.squared_norms / seeds.to(found.squared_norms).square()
+        return Measured(members, rows, measured.log_probs, norms), found.relative_errors
+
+    def _line(self, rewards: Tensor, advantages: Tensor) -> tuple[float, float]:
+        """(α, β) of the advantages α R + β; the rewards begin at 0."""
+        top, bottom = int(rewards.argmax()), int(rewards.argmin())
+        rise = float(rewards[top])
+        slope = float(advantages[top] - advantages[bottom]) / rise if rise else 0.0
+        offset = float(advantages[bottom])
+        misfit = float((advantages - offset - slope * rewards).abs().max())
+        if misfit > 1e-4 * float(advantages.abs().max()):
+            raise VcpoError(
+                f"{self._algorithm.name}: a group spans several micro-batches, and its advantages are not "
+                "linear in its rewards; raise learner.token_budget until a whole group fits"
+            )
+        return slope, offset
+
+    def _in_two_passes(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
+        parts = []
+        for members in unit:
+            rows = self._pack(members, batch)
+            with torch.no_grad():
+                parts.append(Measured(members, rows, sampled_log_probs(self._model, rows)))
+        evidence = evidence_of(parts, batch)
+        update = self._update(evidence, [i for part in unit for i in part])
+        loss, begin = 0.0, 0
+        for part in parts:
+            end = begin + len(part.members)
+            factors = _token_factors(update.coefficients[begin:end], part.rows, part.members, batch)
+            begin = end
+            log_probs = sampled_log_probs(self._model, part.rows)
+            objective = -(factors.to(log_probs) * log_probs).sum()
+            objective.backward()
+            loss += float(objective.detach())
+        return Contribution(update, evidence, loss)
+
+    def _pack(self, members: Sequence[int], batch: Minibatch) -> PackedRows:
+        pad = self._model.config.get_text_config().pad_token_id or 0
+        rows = pack([batch.trajectories[i] for i in members], pad_id=pad, packed=self._packed)
+        return rows.to(self._model.device)
+
+    def _update(self, evidence: Evidence, members: Sequence[int]) -> Update:
+        with _naming(members):
+            return self._algorithm.update(evidence)
+
+
+class TwoSums:
+    """While entered, gradients that backward passes give do not stay in ``.grad``: they go to two sums.
+
+    first += factor · g and second += factor · factor_of_second · g, parameter by parameter, as soon as g is
+    there: two buffers, and never a third.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self.factor, self.factor_of_second = 1.0, 1.0
+
+    def __enter__(self) -> TwoSums:
+        self._before = [p.grad for p in self._parameters]
+        self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        for p in self._parameters:
+            p.grad = None
+        self._handles = [p.register_post_accumulate_grad_hook(self._take) for p in self._parameters]
+        return self
+
+    def _take(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if parameter not in self._sums:
+            self._sums[parameter] = (torch.zeros_like(gradient), torch.zeros_like(gradient))
+        first, second = self._sums[parameter]
+        first.add_(gradient, alpha=self.factor)
+        if self.factor_of_second:
+            second.add_(gradient, alpha=self.factor * self.factor_of_second)
+
+    def combine(self, first_times: float, second_times: float) -> None:
+        """Give ``.grad`` back what was there before, plus the combination of the sums."""
+        for first, second in self._sums.values():
+            first.mul_(first_times).add_(second, alpha=second_times)
+        self._before = [
+            _plus(before, self._sums[p][0]) if p in self._sums else before
+            for p, before in zip(self._parameters, self._before, strict=True)
+        ]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            parameter.grad = before
+        self._sums.clear()
+
+
+def _plus(before: Tensor | None, gradient: Tensor) -> Tensor:
+    return gradient if before is None else before.add_(gradient)
+
+
+def _token_factors(
+    coefficients: Tensor, rows: PackedRows, members: Sequence[int], batch: Minibatch
+) -> Tensor:
+    """nᵢ cᵢₜ of every sampled token of the rows, [N]."""
+    weighted = coefficients[:, : rows.width] * batch.normalisers[list(members), None]
+    return weighted[rows.action_owners.cpu(), rows.action_places.cpu()]
+
+
+def _trajectory_coefficients(update: Update, evidence: Evidence) -> Tensor:
+    """[B] coefficient that all tokens of a trajectory share; 0 without sampled tokens."""
+    first = update.coefficients[:, 0]
+    if ((update.coefficients != first[:, None]) & evidence.mask).any():
+        raise VcpoError("a baseline from score norms needs one coefficient for all tokens of a trajectory")
+    return first
+
+
+def _loss(update: Update, evidence: Evidence, normalisers: Tensor) -> float:
+    return -float((normalisers[:, None] * update.coefficients * evidence.log_probs).sum())
+
+
+@contextlib.contextmanager
+def _naming(members: Sequence[int]) -> Generator[None]:
+    """Within it, a part of the minibatch is measured: ``members`` are its trajectories. An error that names
+    a trajectory by its place in the part is raised again with its place in the minibatch."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if error.index is None:
+            raise
+        raise NonFiniteError(error.quantity, members[error.index], error.hint) from None

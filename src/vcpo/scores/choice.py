@@ -1,0 +1,49 @@
+"""Which of several equal ways a layer's norms are found, chosen by counting what each costs.
+
+A trajectory's gradient of a [p, d] matrix is Σ_t E_t ⊗ A_t over its T positions. What a plain step pays for
+it is 2·T·d·p operations. Beside that:
+
+| way    | operations         | numbers kept until the coefficients are known | norm  |
+|--------|--------------------|-----------------------------------------------|-------|
+| formed | none               | d·p                                           | exact |
+| ghost  | 2·T²·(d + p)       | T·(d + p)                                     | exact |
+| sketch | 2·T·r·(d + p)      | T·(d + p)                                     | ± few % |
+
+*formed* turns the product that a plain step makes for all trajectories together into one a trajectory; norm
+and weighted sum then only read the result. It is both the smaller record and nearly free once
+T ≥ d·p / (d + p). Below that the factors are the smaller record, and their norm is sketched, or found exactly
+by the ghost form if T is so short that it costs no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vcpo.scores.factors import Outer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rules of one method."""
+
+    columns: int
+    """r: columns of each random projection; 0: never sketch."""
+    formed_from: float
+    """Form from T = this · d·p / (d + p) on."""
+    ghost_up_to: int = 0
+    """Find norms exactly by the ghost form up to this T, even if sketches are allowed."""
+
+    def forms(self, tokens: float, use: Outer) -> bool:
+        """Whether gradients of trajectories of ``tokens`` positions are formed and kept."""
+        p, d = use.rows.shape[-1], use.columns.shape[-1]
+        return tokens * (d + p) >= self.formed_from * d * p
+
+    def sketches(self, tokens: float) -> bool:
+        """Whether norms from factors are sketched."""
+        return self.columns > 0 and tokens > self.ghost_up_to
+
+
+METHODS = {
+    "exact": Choice(columns=0, formed_from=0.5),
+    "sketched": Choice(columns=16, formed_from=1.5, ghost_up_to=16),
+}
