@@ -144,7 +144,7 @@ class ScoreTape:
         self._signs = Signs(seed, self._choice.columns)
         self._inspect()
         # A compiled model is cut there: autograd sees no tensor inside a compiled piece.
-        hook = torch.compiler.disable(self._tap)
+        hook: Any = torch.compiler.disable(self._tap)
         # On every module, frozen or not: it may be thawed later.
         self._handles = [
             module.register_forward_hook(hook, with_kwargs=True)
