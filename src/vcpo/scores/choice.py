@@ -27,7 +27,7 @@ class Choice:
     """The rules of one method."""
 
     columns: int
-    """r: columns of each random projection; 0: never sketch."""
+    """r: columns of each random projection, 2 or more; 0: never sketch."""
     formed_from: float
     """Form from T = this · d·p / (d + p) on."""
     ghost_up_to: int = 0

@@ -43,7 +43,7 @@ class Weights:
 class Formed:
     """Every trajectory's own gradient of one parameter, stacked: [N, *shape]."""
 
-    values: Float[Tensor, N * shape]
+    values: Tensor
 
     def add_to(self, total: Tensor, weights: Weights) -> None:
         """total += Σ_i c_i values_i."""
