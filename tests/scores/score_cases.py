@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,14 @@ def packed(batch: Batch) -> Rows:
     count = len(batch.sequences)
     order = list(range(count))[::-1]
     return rows_of(batch, [order[:2], order[2:]])
+
+
+def members_of(batch: Batch, members: Sequence[int]) -> Batch:
+    """A part of the batch."""
+    chosen = list(members)
+    return Batch(
+        [batch.sequences[i] for i in chosen], [batch.masks[i] for i in chosen], batch.normalisers[chosen]
+    )
 
 
 def objective_of(logits: Tensor, batch: Batch, rows: Rows) -> Tensor:
@@ -179,6 +187,25 @@ def gradient_oracle(model: nn.Module, batch: Batch, coefficients: Tensor) -> dic
             if grad is not None:
                 total[name] += coefficients[i] * grad
     return total
+
+
+def separate_gradients(
+    model: nn.Module, logits: Tensor, batch: Batch, rows: Rows
+) -> list[dict[str, Tensor]]:
+    """∇ n_i log π(τ_i) of each trajectory, by one backward pass a trajectory through one forward pass.
+
+    Rounding and dropout of the forward pass are then the same for all methods.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = []
+    for i in range(len(batch.sequences)):
+        alone = replace(batch, normalisers=batch.normalisers * (torch.arange(len(batch.sequences)) == i))
+        objective = objective_of(logits, alone, rows)
+        grads = torch.autograd.grad(
+            objective, list(parameters.values()), retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        found.append(dict(zip(parameters, grads, strict=True)))
+    return found
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from vcpo.scores import Record, ScoreTape, squared_score_norms_oracle
 from vcpo.scores.choice import METHODS, Choice
 from vcpo.scores.factors import Lookup, Outer
 from vcpo.scores.layout import Layout
-from vcpo.scores.sketch import Signs, project_columns, project_rows, sketched_norms
+from vcpo.scores.sketch import Signs, project_rows, sketched_norms
 
 torch.set_num_threads(1)
 
@@ -47,25 +47,25 @@ def measured(model: nn.Module, batch: Batch, rows: Rows, *, seed: int = 0, choic
 class Given(Signs):
     """Signs that are told, not drawn."""
 
-    def __init__(self, table: dict[str, Tensor]) -> None:
+    def __init__(self, signs: Tensor) -> None:
         super().__init__(seed=0, columns=1)
-        self.table = table
+        self.signs = signs
 
     def of(self, key: str, width: int, like: Tensor) -> Tensor:
-        return self.table[key].to(like)
+        return self.signs.to(like)
 
 
 @pytest.mark.filterwarnings("ignore:var")  # one column says nothing about its error
 def test_mean_over_all_signs_is_the_squared_norm() -> None:
-    """r = 1: every pattern of signs once. Two uses of one matrix, a table and a product, must add first."""
+    """r = 1: every pattern of signs once. Two uses of one matrix, a product and a table, must add first."""
     generator = torch.Generator().manual_seed(0)
-    p, d, positions = 3, 4, 5
+    p, d, positions = 5, 4, 6
     rows, columns, embedded = (
         torch.randn(positions, width, generator=generator, dtype=torch.float64) for width in (p, d, d)
     )
-    tokens = torch.tensor([0, 2, 2, 1, 0])
+    tokens = torch.tensor([0, 2, 4, 1, 0, 3])
     uses = [Outer(rows, columns), Lookup(tokens, embedded, p)]
-    layout = Layout.of(torch.tensor([[0, 0, 1, 1, 0]]), 2)
+    layout = Layout.of(torch.tensor([[0, 0, 1, 1, 0, -1]]), 2)
     gradients = [
         sum(
             torch.outer(rows[t], columns[t]) + torch.outer(torch.eye(p).double()[tokens[t]], embedded[t])
@@ -76,11 +76,10 @@ def test_mean_over_all_signs_is_the_squared_norm() -> None:
     expected = torch.stack([torch.as_tensor(g).square().sum() for g in gradients])
 
     total = torch.zeros(2, dtype=torch.float64)
-    patterns = list(itertools.product((-1.0, 1.0), repeat=p + d))
+    patterns = list(itertools.product((-1.0, 1.0), repeat=p))
     for pattern in patterns:
-        signs = torch.tensor(pattern)[:, None]
-        given = Given({"w/rows": signs[:p], "w/columns": signs[p:]})
-        projected = [(project_rows(u, given, "w"), project_columns(u, given, "w")) for u in uses]
+        given = Given(torch.tensor(pattern)[:, None])
+        projected = [(project_rows(use, given, "w"), use.columns) for use in uses]
         total += sketched_norms(projected, layout).squared_norms
     torch.testing.assert_close(total / len(patterns), expected, rtol=1e-12, atol=0.0)
 

@@ -27,7 +27,7 @@ class Choice:
     """The rules of one method."""
 
     columns: int
-    """r: columns of each random projection, 2 or more; 0: never sketch."""
+    """r: signs that a row of a matrix is projected by, 2 or more; 0: never sketch."""
     formed_from: float
     """Form from T = this · d·p / (d + p) on."""
     ghost_up_to: int = 0
@@ -45,5 +45,5 @@ class Choice:
 
 METHODS = {
     "exact": Choice(columns=0, formed_from=0.5),
-    "sketched": Choice(columns=16, formed_from=1.5, ghost_up_to=16),
+    "sketched": Choice(columns=16, formed_from=1.5, ghost_up_to=32),
 }

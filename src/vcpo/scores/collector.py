@@ -17,7 +17,7 @@ from vcpo.scores.choice import Choice
 from vcpo.scores.factors import Factor, Lookup, Outer, Vector, matrix_norms, memory_of, shared_norms
 from vcpo.scores.layout import Layout, precise
 from vcpo.scores.record import Factored, Formed, Kept
-from vcpo.scores.sketch import Signs, project_columns, project_rows, sketched_norms
+from vcpo.scores.sketch import Signs, project_rows, sketched_norms
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,8 +40,8 @@ class Collector:
         self._uses, self._names, self._keep = uses, names, keep
         self._sums: dict[Tensor, Tensor] = {}
         self._waiting: dict[Tensor, list[Outer | Lookup]] = {}
-        self._neighbours: list[Outer] = []
-        self._projected: tuple[Tensor, Tensor] | None = None
+        self._neighbours: list[Outer] = []  # matrices with the same columns, and their projected rows
+        self._projected: Tensor | None = None
         self._norms: list[Tensor] = []
         self._variances: list[Tensor] = []
         self.arrived: Counter[Tensor] = Counter()
@@ -79,40 +79,39 @@ class Collector:
         elif self._keep and len(uses) == 1 and isinstance(use, Outer) and self._choice.forms(tokens, use):
             formed, norms = _form(use, self._layout)
             self._found(parameter, "formed", norms, Formed(formed))
-        elif self._choice.sketches(tokens):
-            self._sketch(parameter, uses)
         elif len(uses) == 1 and isinstance(use, Outer):
-            if self._neighbours and memory_of(use.columns) != memory_of(self._neighbours[-1].columns):
-                self._measure_neighbours()
-            self._neighbours.append(use)
-            self._found(parameter, "ghost", None, Factored(uses))
+            self._add_neighbour(parameter, use)
+        elif self._choice.sketches(tokens):
+            rows = [project_rows(use, self._signs, self._names[parameter]) for use in uses]
+            self._estimated([(r, use.columns) for r, use in zip(rows, uses, strict=True)])
+            self._found(parameter, "sketch", None, Factored(uses))
         else:
             self._found(parameter, "ghost", matrix_norms(uses, self._layout), Factored(uses))
 
+    def _add_neighbour(self, parameter: Tensor, use: Outer) -> None:
+        """Take a matrix to be measured together with those that have the same columns."""
+        if self._neighbours and memory_of(use.columns) != memory_of(self._neighbours[-1].columns):
+            self._measure_neighbours()
+        self._neighbours.append(use)
+        sketch = self._choice.sketches(self._layout.mean_length)
+        if sketch:
+            rows = project_rows(use, self._signs, self._names[parameter])
+            self._projected = rows if self._projected is None else self._projected + rows
+        self._found(parameter, "sketch" if sketch else "ghost", None, Factored([use]))
+
     def _measure_neighbours(self) -> None:
-        """Measure the parameters that read one input."""
-        if self._neighbours:
+        if not self._neighbours:
+            return
+        if self._projected is None:
             self._norms.append(shared_norms(self._neighbours, self._layout))
-        self._neighbours = []
+        else:
+            self._estimated([(self._projected, self._neighbours[0].columns)])
+        self._neighbours, self._projected = [], None
 
-    def _sketch(self, parameter: Tensor, uses: list[Outer | Lookup]) -> None:
-        name = self._names[parameter]
-        columns = [self._project_columns(use, name, alone=len(uses) == 1) for use in uses]
-        rows = [project_rows(use, self._signs, name) for use in uses]
-        estimate = sketched_norms(list(zip(rows, columns, strict=True)), self._layout)
+    def _estimated(self, uses: list[tuple[Tensor, Tensor]]) -> None:
+        estimate = sketched_norms(uses, self._layout)
+        self._norms.append(estimate.squared_norms)
         self._variances.append(estimate.variances)
-        self._found(parameter, "sketch", estimate.squared_norms, Factored(uses))
-
-    def _project_columns(self, use: Outer | Lookup, name: str, *, alone: bool) -> Tensor:
-        """Projected columns; neighbours, who have the same columns, share the first one's projection.
-
-        Not so a parameter with several uses: these must meet the same signs.
-        """
-        if not alone:
-            return project_columns(use, self._signs, name)
-        if self._projected is None or memory_of(self._projected[0]) != memory_of(use.columns):
-            self._projected = (use.columns, project_columns(use, self._signs, name))
-        return self._projected[1]
 
     def _found(self, parameter: Tensor, method: str, norms: Tensor | None, kept: Kept) -> None:
         self.methods[self._names[parameter]] = method

@@ -10,13 +10,12 @@ Shapes: A and E are [R, T, ·]; a norm inside attention may see [R, T, H, d] or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -47,7 +46,7 @@ def _owns_only(module: nn.Module, *names: str) -> bool:
 
 
 def _forward_is(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return type(module).forward is kind.forward
+    return type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 def _flat(values: Tensor, rows: torch.Size) -> Tensor:
@@ -79,13 +78,13 @@ def _conv1d(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mappin
 class _Embedding:
     """Rows of a table, times a constant; the padding token gets no gradient."""
 
-    scale: float
+    scale: float | Tensor | None
     padding_token: int | None
 
     def __call__(self, module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
         tokens, columns = _flat(a[..., None], rows)[:, 0], _flat(e, rows)
-        if self.scale != 1:
-            columns = columns * self.scale
+        if self.scale is not None:  # a tensor is rounded, as the layer does
+            columns = columns * (self.scale.to(columns) if isinstance(self.scale, Tensor) else self.scale)
         if self.padding_token is not None:
             columns = columns.masked_fill((tokens == self.padding_token)[:, None], 0)
         assert isinstance(module, nn.Embedding)
@@ -98,12 +97,14 @@ def _embedding_kind(module: nn.Module) -> Rule | None:
     if module.max_norm is not None or module.scale_grad_by_freq:
         return None  # the first changes the table while it is read, the second mixes trajectories
     if _forward_is(module, nn.Embedding):
-        return _Embedding(1.0, module.padding_idx)
-    scale = torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight)
-    some = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
-    with torch.no_grad():
-        scaled = _close(module(some), module.weight[some] * scale)
-    return _Embedding(float(scale), module.padding_idx) if scaled else None
+        return _Embedding(None, module.padding_idx)
+    scale = getattr(module, "embed_scale", 1.0)
+    table = _random(max(8, 1 + (module.padding_idx or 0)), module.weight)
+    tokens = torch.arange(8, device=table.device)
+    found = _outputs_with(module, [table], tokens)
+    if found is None or not _close(found[0], table[tokens] * scale):
+        return None
+    return _Embedding(scale, module.padding_idx)
 
 
 def _layer_norm_kind(module: nn.Module) -> Rule | None:
@@ -131,13 +132,35 @@ class _ScaleNorm:
 
     def normalised(self, module: nn.Module, a: Tensor) -> Tensor:
         """x̂."""
-        return reduce(torch.add, (sign * _output_with(module, value, a) for value, sign in self.points))
+        return reduce(torch.add, (s * _output_with(module, _filled(value, a), a) for value, s in self.points))
 
 
-def _output_with(module: nn.Module, value: float | Tensor, a: Tensor) -> Tensor:
-    weight = module.get_parameter("weight")
-    replaced = value if isinstance(value, Tensor) else torch.full(weight.shape, value).to(a)
-    return functional_call(module, {"weight": replaced}, (a,))
+def _output_with(module: nn.Module, weight: Tensor, a: Tensor) -> Tensor:
+    """The output for another weight, by the forward method alone: hooks, such as FSDP's, are left out."""
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module), _parameters={"weight": weight})
+    return twin.forward(a)
+
+
+def _outputs_with(module: nn.Module, weights: Sequence[Tensor], a: Tensor) -> list[Tensor] | None:
+    """The output for each weight; None if the module is not a function of one tensor."""
+    try:
+        with torch.no_grad():
+            found = [_output_with(module, weight, a) for weight in weights]
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return None
+    return found if all(isinstance(output, Tensor) for output in found) else None
+
+
+def _random(height: int, like: Tensor) -> Tensor:
+    """Rows such as ``like`` could have, which may be a shard."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(height, like.shape[-1], generator=generator)
+    return values.to(like.device, like.dtype)
+
+
+def _filled(value: float, like: Tensor) -> Tensor:
+    return like.new_full((like.shape[-1],), value)
 
 
 def _scale_norm_kind(module: nn.Module) -> Rule | None:
@@ -145,14 +168,12 @@ def _scale_norm_kind(module: nn.Module) -> Rule | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not _owns_only(module, "weight"):
         return None
-    generator = torch.Generator().manual_seed(0)
-    a, w = torch.randn(5, 1, len(weight), generator=generator).to(weight).split((4, 1))
-    try:
-        with torch.no_grad():
-            zero, one, some = (_output_with(module, v, a) for v in (0.0, 1.0, w[0, 0]))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return None  # not a function of one tensor
-    if not isinstance(zero, Tensor) or zero.shape != a.shape or not _close(some, w * (one - zero) + zero):
+    a, w = _random(5, weight)[:, None].split((4, 1))
+    found = _outputs_with(module, [_filled(0, a), _filled(1, a), w[0, 0]], a)
+    if found is None or found[0].shape != a.shape:
+        return None
+    zero, one, some = found
+    if not _close(some, w * (one - zero) + zero):
         return None
     if not zero.any():
         return _ScaleNorm(((1.0, 1),))
@@ -162,7 +183,9 @@ def _scale_norm_kind(module: nn.Module) -> Rule | None:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    tolerance = 8 * torch.finfo(one.dtype).eps ** 0.75
+    """Equal but for rounding; norm layers compute in float32 whatever the model's type."""
+    eps = max(torch.finfo(one.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = 8 * eps**0.75
     return torch.allclose(one, other.to(one.dtype), rtol=tolerance, atol=tolerance)
 
 

@@ -156,14 +156,6 @@ class Layout:
         spread[self.positions] = torch.repeat_interleave(values, self.lengths)
         return spread
 
-    def outer_sums(self, rows: Float[Tensor, "P r"], columns: Float[Tensor, "P s"]) -> Float[Tensor, "N r s"]:
-        """Σ of rows_t ⊗ columns_t over each trajectory's positions; both must be narrow."""
-        r, s = rows.shape[-1], columns.shape[-1]
-        sums = precise(rows[:0]).new_zeros(self.count, r, s)
-        for block in self.blocks(lambda length: length * (r + s) + r * s):
-            sums[block.members] = block.gather(rows).mT @ block.gather_padded(columns)
-        return sums
-
     def sums(self, values: Float[Tensor, "P d"]) -> Float[Tensor, "N d"]:
         """Σ of each trajectory's rows of ``values``."""
         return functional.embedding_bag(

@@ -134,9 +134,10 @@ class Record(ScoreNorms):
         if bad.any():
             raise NonFiniteError("coefficient", int(bad.nonzero()[0]), "check its weight and its advantage")
         weights = Weights(coefficients.to(self._layout.lengths.device), self._layout)
-        while self._kept:
-            parameter, kept = self._kept.popitem()
-            _accumulate(parameter, kept, weights)
+        with torch.autocast(weights.coefficients.device.type, enabled=False):  # factors have their types
+            while self._kept:
+                parameter, kept = self._kept.popitem()
+                _accumulate(parameter, kept, weights)
 
 
 def _accumulate(parameter: Any, kept: Kept, weights: Weights) -> None:

@@ -1,15 +1,16 @@
-"""Squared norms of Σ_t rows_t ⊗ columns_t from random projections of both sides.
+"""Squared norms of Σ_t rows_t ⊗ columns_t from a random projection of the rows.
 
-With independent random signs Ω₁ [p, r] and Ω₂ [d, r], and G the gradient of one trajectory,
+With random signs Ω [p, r], and G the gradient of one trajectory,
 
-    ‖Ω₁ᵀ G Ω₂‖² / r²,    Ω₁ᵀ G Ω₂ = Σ_t (Ω₁ᵀ rows_t) ⊗ (Ω₂ᵀ columns_t)
+    ‖Ωᵀ G‖² / r,    Ωᵀ G = Σ_t (Ωᵀ rows_t) ⊗ columns_t
 
-is an unbiased estimate of ‖G‖², at 2·r·(d + p) operations a position: each wide factor is read once, and
-what belongs to single trajectories happens on r-vectors. Several uses of one parameter are projected by the
-same signs and added before squaring. All trajectories meet the same signs, so that most of the error is
-common to a group, where the baseline's quotient cancels it.
+is an unbiased estimate of ‖G‖², at 2·r·(d + p) operations a position where G takes 2·d·p. Matrices with the
+same columns (query, key, value) are one wide matrix: their projected rows are added, and the columns read
+once. Several uses of one parameter are projected by the same signs, and added before squaring. All
+trajectories meet the same signs, so that part of the error is common to a group, where the baseline's
+quotient cancels it.
 
-Signs depend on (seed, parameter name, side) alone: not on the order of layers, the device or the rank.
+Signs depend on (seed, parameter name) alone: not on the order of layers, the device or the rank.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vcpo.scores.factors import Lookup, Outer
-from vcpo.scores.layout import Layout
+from vcpo.scores.layout import Layout, precise
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -56,26 +57,23 @@ class Estimate:
     variances: Float[Tensor, " N"]
 
 
-def project_rows(use: Outer | Lookup, signs: Signs, key: str) -> Float[Tensor, "P r"]:
-    """Ω₁ᵀ rows_t of every position; the rows of a lookup are one-hot, so its projection is read off."""
-    key = f"{key}/rows"
+def project_rows(use: Outer | Lookup, signs: Signs, name: str) -> Float[Tensor, "P r"]:
+    """Ωᵀ rows_t of every position; the rows of a lookup are one-hot, so theirs is read off."""
     if isinstance(use, Outer):
-        return use.rows @ signs.of(key, use.rows.shape[-1], use.rows)
-    return signs.of(key, use.height, use.columns)[use.tokens]
-
-
-def project_columns(use: Outer | Lookup, signs: Signs, key: str) -> Float[Tensor, "P r"]:
-    """Ω₂ᵀ columns_t of every position."""
-    return use.columns @ signs.of(f"{key}/columns", use.columns.shape[-1], use.columns)
+        return use.rows @ signs.of(name, use.rows.shape[-1], use.rows)
+    return signs.of(name, use.height, use.columns)[use.tokens]
 
 
 def sketched_norms(
-    projected: Sequence[tuple[Float[Tensor, "P r"], Float[Tensor, "P r"]]], layout: Layout
+    uses: Sequence[tuple[Float[Tensor, "P r"], Float[Tensor, "P d"]]], layout: Layout
 ) -> Estimate:
-    """Squared norms of a parameter's gradient, for each trajectory, from the projected uses of it.
+    """Squared norms of Σ over uses of Ωᵀ G, for each trajectory, from (projected rows, columns).
 
-    The variance comes from how much the rows, and the columns, of the projected gradient differ.
+    Each of the r rows of Ωᵀ G gives an estimate of its own; how they differ gives the variance.
     """
-    squares = reduce(torch.add, (layout.outer_sums(*use) for use in projected)).square()
-    spread = squares.mean(1).var(-1) + squares.mean(2).var(-1)
-    return Estimate(squares.mean((1, 2)), spread / squares.shape[-1])
+    r = uses[0][0].shape[-1]
+    estimates = layout.zeros(uses[0][0])[:, None].repeat(1, r)
+    for i, span in enumerate(layout.spans):
+        projected = reduce(torch.add, (rows[span].mT @ columns[span] for rows, columns in uses))
+        estimates[i] = precise(projected).square().sum(-1)
+    return Estimate(estimates.mean(-1), estimates.var(-1) / r)

@@ -144,10 +144,13 @@ class ScoreTape:
         self._signs = Signs(seed, self._choice.columns)
         self._inspect()
         # A compiled model is cut there: autograd sees no tensor inside a compiled piece.
-        hook: Any = torch.compiler.disable(self._tap)
-        # On every module, frozen or not: it may be thawed later.
+        hook: Any = torch.compiler.disable(
+            self._tap, reason="a ScoreTape watches it: leave out fullgraph=True"
+        )
+        # On every module, frozen or not: it may be thawed later. Before other hooks, such as FSDP's, which
+        # takes gathered parameters away.
         self._handles = [
-            module.register_forward_hook(hook, with_kwargs=True)
+            module.register_forward_hook(hook, with_kwargs=True, prepend=True)
             for module in model.modules()
             if any(True for _ in module.parameters(recurse=False))
         ]
@@ -173,7 +176,7 @@ class ScoreTape:
             for own, parameter in _trainable(module).items():
                 known = self._registered.get((module, own))
                 # FSDP shows gathered parameters at times; the sharded one is what the optimizer steps.
-                if known is None or not hasattr(known, "device_mesh"):
+                if known is None or not _sharded(known) or _sharded(parameter):
                     self._registered[module, own] = parameter
 
     def __enter__(self) -> ScoreTape:
@@ -214,6 +217,10 @@ class ScoreTape:
         if not output.requires_grad:
             recording.without_gradient = recording.without_gradient or use.module
         for own, parameter in use.parameters.items():
+            if _sharded(parameter):
+                raise self._unsupported(
+                    use.module, f"has only a part of {own} in its call (tensor parallel): shard it by FSDP2"
+                )
             recording.uses[parameter] += 1
             recording.names.setdefault(parameter, f"{self._names[use.module]}.{own}".lstrip("."))
             recording.owners.setdefault(parameter, (use.module, own))
@@ -272,17 +279,19 @@ class ScoreTape:
                     collector.add(parameter, factor)
 
         recording.sink = take
+        no_autocast = torch.autocast(objective.device.type, enabled=False)  # sums of squares need all digits
         try:
-            if whole:
-                objective.backward()
-            else:
-                torch.autograd.grad(objective, recording.anchor, allow_unused=True)
+            with no_autocast:
+                if whole:
+                    objective.backward()
+                else:
+                    torch.autograd.grad(objective, recording.anchor, allow_unused=True)
         finally:
             recording.sink, self._recording = None, None
         if not collector.arrived:
             raise VcpoError("the objective does not depend on the recorded forward pass: use its own logits")
         self._check_bypass(recording, edges, collector.arrived)
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast:
             norms, variances = collector.finish()
         errors = variances.sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         kept = {self._registered[recording.owners[p]]: k for p, k in collector.kept.items()}
@@ -353,6 +362,10 @@ def _clean(name: str) -> str:
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The module's own trainable parameters."""
     return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+
+
+def _sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")
 
 
 def _parameter_edges(objective: Tensor) -> Counter[Tensor]:
