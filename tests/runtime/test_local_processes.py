@@ -197,11 +197,11 @@ def test_trouble_in_a_worker_ends_the_run_under_its_own_name(
     [
         (
             "learner:step:block",
-            r"learner did not answer 'step' within 1 s \(runtime.timeout_seconds\); see .*log",
+            r"learner did not answer 'step' within 3 s \(runtime.timeout_seconds\); see .*log",
         ),
-        ("sampler:publish:hang", r"sampler-0 did not answer 'publish' within 1 s"),
-        ("sampler:play:hang", r"no group finished within 1 s .*; waiting for sampler-0 \(6 groups\)"),
-        ("sampler:evaluate:hang", r"sampler-0 did not answer 'evaluate' within 1 s"),
+        ("sampler:publish:hang", r"sampler-0 did not answer 'publish' within 3 s"),
+        ("sampler:play:hang", r"no group finished within 3 s .*; waiting for sampler-0 \(6 groups\)"),
+        ("sampler:evaluate:hang", r"sampler-0 did not answer 'evaluate' within 3 s"),
     ],
 )
 def test_a_worker_that_is_silent_is_named_and_ended(
@@ -209,7 +209,7 @@ def test_a_worker_that_is_silent_is_named_and_ended(
 ) -> None:
     monkeypatch.setenv("VCPO_TEST_TROUBLE", trouble)
     with pytest.raises(WorkerError, match=message):
-        train(config_of(tmp_path, runtime__timeout_seconds=1))
+        train(config_of(tmp_path, runtime__timeout_seconds=3))
 
 
 # The parent is killed, or asked to end

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vcpo.errors import NonFiniteError, VcpoError
+from vcpo.scores.layout import precise
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,7 +43,7 @@ def token_counts(
     """
     _check(owners, count, normalisers)
     lengths = torch.bincount(owners, minlength=count)
-    return _precise(normalisers).square() * lengths
+    return precise(normalisers).square() * lengths
 
 
 @torch.no_grad()
@@ -70,13 +71,13 @@ def logit_energies(
     """
     _check(owners, count, normalisers)
     _check_tokens(logits, chosen, owners)
-    energies = _precise(logits[:0]).new_zeros(count)
+    energies = precise(logits[:0]).new_zeros(count)
     rows = max(1, budget // logits.shape[-1])
     for begin in range(0, len(logits), rows):
         part = slice(begin, begin + rows)
         energies.index_add_(0, owners[part], _token_energies(logits[part], chosen[part]))
     _require_finite(energies)
-    return _precise(normalisers).square() * energies
+    return precise(normalisers).square() * energies
 
 
 def _token_energies(logits: Float[Tensor, "n V"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -84,12 +85,8 @@ def _token_energies(logits: Float[Tensor, "n V"], chosen: Int[Tensor, " n"]) -> 
 
     The first form loses all its digits where the policy is sure of y; nothing is subtracted in the second.
     """
-    others = _precise(logits).softmax(-1).scatter_(-1, chosen[:, None], 0.0)
+    others = precise(logits).softmax(-1).scatter_(-1, chosen[:, None], 0.0)
     return others.sum(-1).square() + others.square().sum(-1)
-
-
-def _precise(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _check(owners: Tensor, count: int, normalisers: Tensor) -> None:

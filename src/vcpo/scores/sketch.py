@@ -43,10 +43,17 @@ class Signs:
         """[width, r] of ±1 in the number type and on the device of ``like``."""
         place = (key, like.dtype, like.device)
         if place not in self._drawn:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{key}".encode()))
-            bits = torch.randint(2, (width, self.columns), generator=generator)
-            self._drawn[place] = (2 * bits - 1).to(like)
+            bits = _random_bits(f"{self.seed}/{key}", width * self.columns, like.device)
+            self._drawn[place] = (2 * bits - 1).view(width, self.columns).to(like.dtype)
         return self._drawn[place]
+
+
+def _random_bits(key: str, count: int, device: torch.device) -> Tensor:
+    """``count`` zeros and ones: few words are drawn, on the CPU for every device, and unpacked there."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 64),), generator=generator).to(device)
+    bits = words[:, None] >> torch.arange(64, device=device) & 1
+    return bits.flatten()[:count]
 
 
 @dataclass(frozen=True)
