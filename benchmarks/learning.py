@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -43,6 +44,7 @@ def run(algorithm: str, lag: int, seed: int, folder: Path, extra: list[str]) -> 
     if finished.exists():
         summary = json.loads(finished.read_text())
     else:
+        shutil.rmtree(folder / name, ignore_errors=True)  # what an interrupted run left
         settings = {
             "pipeline.mode": "exact",
             "pipeline.lag": lag,

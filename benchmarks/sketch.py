@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import math
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -39,6 +40,7 @@ def run(task: str, lag: int, seed: int, method: str, folder: Path, extra: list[s
     if finished.exists():
         summary = json.loads(finished.read_text())
     else:
+        shutil.rmtree(folder / name, ignore_errors=True)  # what an interrupted run left
         settings = {
             "pipeline.mode": "exact",
             "pipeline.lag": lag,
