@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,6 +58,7 @@ def _peak_on_cpu(work: Callable[[], object]) -> int:
 
     What the process holds beside tensors does not, nor memory that was freed and not yet given back.
     """
+    gc.collect()  # what is freed while it is watched must be its own
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     assert profiler.profiler

@@ -64,13 +64,13 @@ def qwen(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> P
 
 
 QWEN_05B, QWEN_15B = qwen(896, 4864, 24, 14), qwen(1536, 8960, 28, 12)
-SETTINGS = {
+SETTINGS = {  # 512 tokens: fewer trajectories, so that all ends in half an hour. Ratios are a micro-batch's
     "cpu": (
         Setting("d256-64x128", llama(256, 4), trajectories=64, tokens=128),
         Setting("d256-ragged", llama(256, 4), trajectories=64, tokens=128, shortest=64),
-        Setting("d256-64x512", llama(256, 4), trajectories=64, tokens=512),
-        Setting("d512-64x128", llama(512, 6), trajectories=64, tokens=128),
-        Setting("d512-16x512", llama(512, 6), trajectories=16, tokens=512),
+        Setting("d256-32x512", llama(256, 4), trajectories=32, tokens=512),
+        Setting("d512-64x128", llama(512, 4), trajectories=64, tokens=128),
+        Setting("d512-8x512", llama(512, 4), trajectories=8, tokens=512),
     ),
     "cuda": (
         Setting("qwen0.5b-64x1k", QWEN_05B, trajectories=64, tokens=1024),
@@ -83,6 +83,11 @@ QUICK = (
     Setting("d64-32x64", llama(64, 2), trajectories=32, tokens=64),
     Setting("d64-ragged", llama(64, 2), trajectories=32, tokens=64, shortest=16),
 )
+LONG = (
+    Setting("d256-64x512", llama(256, 4), trajectories=64, tokens=512),
+    Setting("d512-64x512", llama(512, 8), trajectories=64, tokens=512),
+)
+"""Only by name."""
 
 
 @torch.no_grad()
@@ -141,9 +146,11 @@ class Bench:
         Each tape draws its own signs, within the step, as a learner does that draws them anew each step.
         """
         tape = ScoreTape(self.model, method=variant.method, seed=seed) if variant.method else None
-        yield Work(self.model, self._parts[variant.cut][:groups], tape, baseline)
-        if tape is not None:
-            tape.remove()
+        try:
+            yield Work(self.model, self._parts[variant.cut][:groups], tape, baseline)
+        finally:
+            if tape is not None:
+                tape.remove()
 
     def step(self, variant: Variant, work: Work) -> None:
         """The whole optimizer step."""
