@@ -189,9 +189,7 @@ def gradient_oracle(model: nn.Module, batch: Batch, coefficients: Tensor) -> dic
     return total
 
 
-def separate_gradients(
-    model: nn.Module, logits: Tensor, batch: Batch, rows: Rows
-) -> list[dict[str, Tensor]]:
+def separate_gradients(model: nn.Module, logits: Tensor, batch: Batch, rows: Rows) -> list[dict[str, Tensor]]:
     """∇ n_i log π(τ_i) of each trajectory, by one backward pass a trajectory through one forward pass.
 
     Rounding and dropout of the forward pass are then the same for all methods.

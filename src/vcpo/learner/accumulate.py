@@ -192,7 +192,7 @@ class TwoSums:
     """While entered, gradients that backward passes give do not stay in ``.grad``: they go to two sums.
 
     first += factor · g and second += factor · factor_of_second · g, parameter by parameter, as soon as g is
-    there: two buffers, and never a third.
+    there: two buffers, and never a third. Not for sharded parameters (FSDP2), whose g is a mean over ranks.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -200,6 +200,11 @@ class TwoSums:
         self.factor, self.factor_of_second = 1.0, 1.0
 
     def __enter__(self) -> TwoSums:
+        if any(hasattr(p, "device_mesh") for p in self._parameters):
+            raise VcpoError(
+                "a group spans several micro-batches, and the model is sharded: ranks are averaged before a "
+                "rank's own factor is known; raise learner.token_budget until a whole group fits"
+            )
         self._before = [p.grad for p in self._parameters]
         self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}
         for p in self._parameters:

@@ -294,7 +294,12 @@ class ScoreTape:
         with torch.no_grad(), no_autocast:
             norms, variances = collector.finish()
         errors = variances.sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        kept = {self._registered[recording.owners[p]]: k for p, k in collector.kept.items()}
+        # In the order of the forward pass: ranks that reduce one parameter after another must agree on it.
+        kept = {
+            self._registered[recording.owners[p]]: collector.kept[p]
+            for p in recording.names
+            if p in collector.kept
+        }
         return Record(_finite(norms), errors, collector.methods, kept, layout)
 
     def _check(self, objective: Tensor) -> _Recording:
