@@ -179,9 +179,10 @@ def clock(device: str) -> float:
 
 def print_rows(rows: list[Row]) -> None:
     """A table a setting."""
-    variant, time_ratio = (Column(header, no_wrap=True) for header in ("variant", "time ÷ plain"))
-    headers = (variant, time_ratio, "ms", "memory ÷ plain", "MB", "gradient", "same baseline", "norms")
     for setting, members in itertools.groupby(rows, lambda row: row.setting):
+        # A column keeps its cells, so every table has its own.
+        variant, time_ratio = (Column(header, no_wrap=True) for header in ("variant", "time ÷ plain"))
+        headers = (variant, time_ratio, "ms", "memory ÷ plain", "MB", "gradient", "same baseline", "norms")
         title = f"{setting}: micro-batches of {BY_NAME[setting].group}, per_trajectory's of 1"
         table = Table(*headers, title=title, box=SIMPLE, padding=0)
         for row in members:
