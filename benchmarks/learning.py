@@ -39,7 +39,7 @@ KEPT = (
 
 def run(algorithm: str, lag: int, seed: int, folder: Path, extra: list[str]) -> dict[str, Any]:
     """One row: what was run and what came out."""
-    name = f"{algorithm}-lag{lag}-seed{seed}"
+    name = f"{algorithm}-lag{lag}-seed{seed}{'-quick' if extra else ''}"
     finished = folder / name / "summary.json"
     if finished.exists():
         summary = json.loads(finished.read_text())

@@ -30,6 +30,7 @@ import argparse
 import asyncio
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -167,7 +168,7 @@ class Meter:
 
     def __init__(self, policy: Policy, algorithm: Algorithm, columns: int) -> None:
         self._policy, self._algorithm = policy, algorithm
-        everywhere = replace(METHODS["sketched"], columns=columns, ghost_up_to=0)
+        everywhere = replace(METHODS["sketched"], columns=columns, ghost_up_to=0, sketched_below=math.inf)
         self._tapes = {
             EXACT: ScoreTape(policy.model, method="exact"),
             "last layer": ScoreTape(policy.model, method="exact", only=["lm_head"]),

@@ -30,12 +30,12 @@ from vcpo.config import load_config
 from vcpo.runtime import train
 from vcpo.scores.choice import METHODS, Choice
 
-ALWAYS = Choice(columns=16, formed_from=math.inf)
+ALWAYS = Choice(columns=16, formed_from=math.inf, sketched_below=math.inf)
 
 
 def run(task: str, lag: int, seed: int, method: str, folder: Path, extra: list[str]) -> dict[str, Any]:
     """One row: what was run and what came out."""
-    name = f"{task}-lag{lag}-seed{seed}-{method}"
+    name = f"{task}-lag{lag}-seed{seed}-{method}{'-quick' if extra else ''}"
     finished = folder / name / "summary.json"
     if finished.exists():
         summary = json.loads(finished.read_text())

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from learner_cases import gradients, learner_for, policy_of, random_groups, tiny_model
-from torch import nn
+from torch import Tensor, nn
 
 from vcpo.algorithms.catalog import get_algorithm
 from vcpo.config import AlgorithmConfig, LearnerConfig
-from vcpo.errors import VcpoError
+from vcpo.errors import NonFiniteError
 from vcpo.learner.accumulate import TwoSums
 from vcpo.learner.learner import Learner
 from vcpo.trajectory import Group, Trajectory
@@ -87,13 +88,72 @@ def test_one_forward_and_one_backward_for_each_micro_batch() -> None:
     assert len(calls) == 7
 
 
-def test_advantages_that_no_line_gives_are_refused() -> None:
-    learner = learner_for(tiny_model(), "vcpo")
-    line = learner._accumulator._line
-    assert line(torch.tensor([0.0, 2.0, 1.0]), torch.tensor([-1.0, 3.0, 1.0])) == pytest.approx((2.0, -1.0))
-    assert line(torch.zeros(3), torch.full((3,), 0.25)) == (0.0, 0.25)
-    with pytest.raises(VcpoError, match=r"vcpo: .* not linear in its rewards; raise learner\.token_budget"):
-        line(torch.tensor([0.0, 2.0, 1.0]), torch.tensor([-1.0, 3.0, 2.0]))
+@dataclass(frozen=True)
+class HalfOfFailures:
+    """A surrogate that two sums know nothing of: negative advantages count half."""
+
+    weighs_by_ratio = False
+    formula = "c = w A, and half of it where A < 0"
+
+    def __call__(
+        self, log_weights: Tensor, log_ratios: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, None]:
+        halved = torch.where(advantages < 0, 0.5, 1.0) * advantages
+        return (log_weights.exp() * halved)[:, None] * mask, None
+
+
+@pytest.mark.parametrize("token_budget", [1, 30])
+def test_coefficients_that_no_line_gives_take_a_second_pass(token_budget: int) -> None:
+    algorithm = replace(get_algorithm("vcpo"), surrogate=HalfOfFailures())
+    models = [tiny_model(), tiny_model()]
+    for model, budget in zip(models, (10_000, token_budget), strict=True):
+        config = LearnerConfig(max_grad_norm=1e9, token_budget=budget, score_norms="exact")
+        Learner(policy_of(model), algorithm, config).step(graded_groups())
+    for name, gradient in gradients(models[0]).items():
+        torch.testing.assert_close(gradients(models[1])[name], gradient, rtol=1e-5, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("name", ["vcpo", "reinforce"])
+@pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.012)])
+def test_sums_that_nearly_cancel_keep_their_digits(
+    name: str, precision: torch.dtype, tolerance: float
+) -> None:
+    """Fifteen successes and a failure, one trajectory a micro-batch: the two sums are nearly parallel."""
+    group = with_rewards(random_groups(sizes=(16,))[0], [1.0] * 15 + [0.0])
+    models: list[Any] = [nn.Module.to(tiny_model(), precision) for _ in range(2)]
+    for model, budget in zip(models, (10_000, 1), strict=True):
+        learner_with(model, name, budget).step([group])
+    whole, cut = (torch.cat([g.double().flatten() for g in gradients(m).values()]) for m in models)
+    assert float((whole - cut).norm() / whole.norm()) < tolerance
+
+
+@pytest.mark.parametrize("token_budget", [1, 30, 10_000])
+def test_a_weight_too_large_for_a_number_names_its_trajectory(token_budget: int) -> None:
+    (group,) = random_groups(sizes=(4,))
+    group.trajectories[2].log_probs[group.trajectories[2].action_mask] = -900.0
+    single = nn.Module.to(tiny_model(), torch.float32)
+    with pytest.raises(NonFiniteError) as caught:
+        learner_with(single, "tis", token_budget, truncation=1e300).step([group])
+    assert caught.value.index == 2
+
+
+def test_a_failed_episode_does_not_set_the_scale_of_small_weights() -> None:
+    """Its weight is 1, the others' e-40: its micro-batch must not round theirs away."""
+    (group,) = random_groups(sizes=(5,))
+    for t in group.trajectories:
+        t.log_probs[t.action_mask] += 40.0 / t.action_count
+    nothing = np.zeros(0)
+    failed = Trajectory(
+        nothing.astype(np.int32),
+        nothing.astype(bool),
+        nothing.astype(np.float32),
+        nothing.astype(np.int32),
+        group.trajectories[0].reward,
+    )
+    mixed = [Group(0, 0, (*group.trajectories, failed))]
+    norms = [learner_with(tiny_model(), "vcpo", budget).step(mixed)["grad_norm"] for budget in (10_000, 40)]
+    assert 0.0 < norms[0] < 1e-12
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_two_sums_by_hand() -> None:

@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 RANKS = 2
 REWARDS = torch.tensor([0.0, 1.0, 0.3, 1.0, 0.0, 0.7], dtype=torch.float64)
 
-SKETCH = Choice(columns=4, formed_from=torch.inf)
+SKETCH = Choice(columns=4, formed_from=torch.inf, sketched_below=torch.inf)
 GHOST = Choice(columns=0, formed_from=torch.inf)
 
 

@@ -50,7 +50,7 @@ EXACT = {
     "formed": Choice(columns=0, formed_from=0.0),
     "ghost": Choice(columns=0, formed_from=torch.inf),
 }
-SKETCH = Choice(columns=4, formed_from=torch.inf)
+SKETCH = Choice(columns=4, formed_from=torch.inf, sketched_below=torch.inf)
 
 
 @pytest.fixture
@@ -379,6 +379,23 @@ def test_parameter_used_beside_its_compiled_module_is_named() -> None:
         objective = objective_of(called(rows.ids), batch, rows)
     with pytest.raises(UnsupportedLayerError, match=r"head\.weight is also used outside"):
         tape.measure(objective, rows.segments, len(RAGGED))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_parameter_used_beside_its_module_is_named_under_autocast_too(autocast: bool) -> None:
+    """Autocast casts the weight once for both uses, so that the graph has one edge to it."""
+    model, batch = Bypass(), batch_of(RAGGED)
+    rows, tape = packed(batch), ScoreTape(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), tape:
+        objective = objective_of(model(rows.ids).float(), batch, rows)
+    with pytest.raises(UnsupportedLayerError, match=r"head\.weight is also used outside"):
+        tape.measure(objective, rows.segments, len(RAGGED))
+
+
+def test_replicas_that_would_drift_apart_are_refused() -> None:
+    wrapped = nn.Sequential(nn.DataParallel(nn.Linear(2, 2)))
+    with pytest.raises(UnsupportedLayerError, match=r"module 0 \(DataParallel\) averages the gradients"):
+        ScoreTape(wrapped)
 
 
 # Sketches

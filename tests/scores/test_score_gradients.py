@@ -35,7 +35,7 @@ COEFFICIENTS = torch.tensor([0.7, -1.3, 0.4, 0.0, -2.0, 1.1], dtype=torch.float6
 CHOICES = {
     "formed": Choice(columns=0, formed_from=0.0),
     "ghost": Choice(columns=0, formed_from=torch.inf),
-    "sketch": Choice(columns=4, formed_from=torch.inf),
+    "sketch": Choice(columns=4, formed_from=torch.inf, sketched_below=torch.inf),
 }
 
 
@@ -206,3 +206,12 @@ def test_tape_can_be_taken_off() -> None:
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(UnsupportedLayerError, match="was not called while the tape ran"):
         measured(model, tape, batch, packed(batch))
+
+
+def test_parameter_that_is_not_contiguous() -> None:
+    model, batch = llama(), batch_of(RAGGED)
+    head: Any = model.get_submodule("lm_head")
+    head.weight = nn.Parameter(head.weight.detach().t().contiguous().t())
+    expected = gradient_oracle(model, batch, COEFFICIENTS)
+    measured(model, ScoreTape(model, method=CHOICES["formed"]), batch, packed(batch)).backward(COEFFICIENTS)
+    assert_gradients(model, expected)

@@ -21,6 +21,7 @@ from score_cases import (
 )
 from torch import Tensor, nn
 
+from vcpo.errors import VcpoError
 from vcpo.scores import Record, ScoreTape, squared_score_norms_oracle
 from vcpo.scores.choice import METHODS, Choice
 from vcpo.scores.factors import Lookup, Outer
@@ -32,7 +33,7 @@ torch.set_num_threads(1)
 ACTIVE = [1, 3, 4, 5]
 """The trajectories of the ragged batch that have actions; the others' norms are 0."""
 
-SKETCH = Choice(columns=8, formed_from=torch.inf)
+SKETCH = Choice(columns=8, formed_from=torch.inf, sketched_below=torch.inf)
 
 
 def measured(model: nn.Module, batch: Batch, rows: Rows, *, seed: int = 0, choice: Choice = SKETCH) -> Record:
@@ -106,7 +107,7 @@ def test_columns_shrink_the_error_as_one_over_their_root() -> None:
     exact = squared_score_norms_oracle(policy, batch.sequences, batch.masks, batch.normalisers)[ACTIVE]
 
     def deviation(columns: int) -> float:
-        choice = Choice(columns=columns, formed_from=torch.inf)
+        choice = Choice(columns=columns, formed_from=torch.inf, sketched_below=torch.inf)
         ratios = [
             measured(policy, batch, rows, seed=seed, choice=choice).squared_norms[ACTIVE] / exact
             for seed in range(60)
@@ -167,3 +168,18 @@ def test_the_default_sketches_only_where_that_is_cheaper() -> None:
 def long_batch(length: int) -> tuple[Batch, Rows]:
     batch = batch_of([length] * 3)
     return batch, padded(batch)
+
+
+def test_narrow_matrices_are_exact_even_where_nothing_is_kept() -> None:
+    """A sketch of 16 numbers cannot save anything of a row of 8."""
+    narrow = llama(hidden_size=8, num_attention_heads=1, head_dim=8, intermediate_size=8)
+    batch, rows = long_batch(50)
+    tape = ScoreTape(narrow, method="sketched")
+    with tape:
+        objective = objective_of(forward(narrow, rows), batch, rows)
+    norms = tape.norms(objective, rows.segments, 3)
+    exact = squared_score_norms_oracle(narrow, batch.sequences, batch.masks, batch.normalisers)
+    torch.testing.assert_close(norms.squared_norms, exact, rtol=1e-5, atol=0.0)
+    assert not norms.relative_errors.any()
+    with pytest.raises(VcpoError, match="2 columns or more"):
+        Choice(columns=1, formed_from=1.0)

@@ -6,7 +6,7 @@ The coefficients are known only when all of a group is measured. Three ways, by 
 |---------------------|----------------------|----------------------------------------------------------|
 | one micro-batch     | any                  | forward, measure, one backward                           |
 | a group in several  | wᵢ Aᵢ, A linear in R | forward, backward of wᵢ, into two sums; combine the sums |
-| a group in several  | one for each token   | forward of all; then forward again, and backward         |
+| a group in several  | any, or FSDP2        | forward of all, measure; then forward again, backward    |
 
 The second: A(R) = α (R − r) + β within a group, with α and β known last. So Σ wᵢ Aᵢ gᵢ =
 α Σ wᵢ (Rᵢ − r) gᵢ + β Σ wᵢ gᵢ, and a micro-batch whose members have one reward adds the same gradient to both
@@ -31,6 +31,7 @@ from vcpo.policy.loading import Policy
 from vcpo.policy.log_probs import sampled_log_probs
 from vcpo.policy.packing import PackedRows, micro_batches, pack
 from vcpo.scores import ScoreTape
+from vcpo.scores.record import is_sharded
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Accumulator:
             self._tape.seed = seed
         if len(unit) == 1:
             return self._at_once(unit[0], batch)
-        if self._algorithm.weighs_trajectories:
+        if self._algorithm.weighs_trajectories and not any(map(is_sharded, self._model.parameters())):
             return self._in_two_sums(unit, batch)
         return self._in_two_passes(unit, batch)
 
@@ -104,79 +105,77 @@ class Accumulator:
 
     def _in_two_sums(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
         members = [i for part in unit for i in part]
-        least = float(batch.rewards[members].min())
-        parts, errors = [], []
+        middle = float(batch.rewards[members].double().mean())  # near b, so that little cancels
+        parts = []
         with TwoSums(self._model.parameters()) as sums:
             for part in unit:
-                sums.factor_of_second = float(batch.rewards[part[0]]) - least
-                measured, error = self._backward_of_weights(part, batch, sums)
-                parts.append(measured)
-                errors.append(error)
+                sums.factor_of_second = float(batch.rewards[part[0]]) - middle
+                parts.append(self._backward_of_weights(part, batch, sums))
             evidence = evidence_of(parts, batch)
             update = self._update(evidence, members)
-            slope, offset = self._line(evidence.rewards.double() - least, update.advantages.double())
-            sums.combine(-offset, -slope)
-        known = [error for error in errors if error is not None]
+            line = _line(update, evidence, middle)
+            if line is not None:
+                slope, offset = line
+                sums.combine(-offset, -slope)
+        if line is None:
+            self._again(parts, update, batch)
         loss = _loss(update, evidence, batch.normalisers[members])
-        return Contribution(update, evidence, loss, torch.cat(known) if known else None)
+        return Contribution(update, evidence, loss, _errors_of(parts))
 
-    def _backward_of_weights(
-        self, members: list[int], batch: Minibatch, sums: TwoSums
-    ) -> tuple[Measured, Tensor | None]:
+    def _backward_of_weights(self, members: list[int], batch: Minibatch, sums: TwoSums) -> Measured:
         """The gradient of Σ nᵢ wᵢ log π(τᵢ) goes to the two sums; norms are of nᵢ ∇log π(τᵢ)."""
         rows = self._pack(members, batch)
         with self._tape or contextlib.nullcontext():
             log_probs = sampled_log_probs(self._model, rows)
         measured = Measured(members, rows, log_probs.detach())
+        evidence = evidence_of([measured], batch)
         with _naming(members):
-            log_weights, _ = self._algorithm.importance(evidence_of([measured], batch))
-            largest = float(log_weights.max())
-            if not math.isfinite(largest):
-                raise NonFiniteError("log-weight", int((~log_weights.isfinite()).nonzero()[0]), "")
-        seeds = (log_weights - largest).exp().clamp_min(SMALLEST_SEED)
+            log_weights, _ = self._algorithm.importance(evidence)
+            largest = _largest(log_weights, evidence.mask.any(-1), sums.factor_of_second)
+        seeds = (log_weights - largest).exp().clamp(SMALLEST_SEED, 1.0)  # above 1: nothing sampled
         sums.factor = math.exp(largest)
         factors = (batch.normalisers[members] * seeds).to(log_probs)
         objective = (factors[rows.action_owners] * log_probs).sum()
         if self._tape is None:
             objective.backward()
-            return measured, None
+            return measured
         with _naming(members):
             found = self._tape.backward(objective, rows.segments, rows.count)
         norms = found.squared_norms / seeds.to(found.squared_norms).square()
-        return Measured(members, rows, measured.log_probs, norms), found.relative_errors
-
-    def _line(self, rewards: Tensor, advantages: Tensor) -> tuple[float, float]:
-        """(α, β) of the advantages α R + β; the rewards begin at 0."""
-        top, bottom = int(rewards.argmax()), int(rewards.argmin())
-        rise = float(rewards[top])
-        slope = float(advantages[top] - advantages[bottom]) / rise if rise else 0.0
-        offset = float(advantages[bottom])
-        misfit = float((advantages - offset - slope * rewards).abs().max())
-        if misfit > 1e-4 * float(advantages.abs().max()):
-            raise VcpoError(
-                f"{self._algorithm.name}: a group spans several micro-batches, and its advantages are not "
-                "linear in its rewards; raise learner.token_budget until a whole group fits"
-            )
-        return slope, offset
+        return Measured(members, rows, measured.log_probs, norms, found.relative_errors)
 
     def _in_two_passes(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
-        parts = []
-        for members in unit:
-            rows = self._pack(members, batch)
-            with torch.no_grad():
-                parts.append(Measured(members, rows, sampled_log_probs(self._model, rows)))
+        members = [i for part in unit for i in part]
+        parts = [self._norms_of(part, batch) for part in unit]
         evidence = evidence_of(parts, batch)
-        update = self._update(evidence, [i for part in unit for i in part])
-        loss, begin = 0.0, 0
+        update = self._update(evidence, members)
+        self._again(parts, update, batch)
+        loss = _loss(update, evidence, batch.normalisers[members])
+        return Contribution(update, evidence, loss, _errors_of(parts))
+
+    def _norms_of(self, members: list[int], batch: Minibatch) -> Measured:
+        """A first pass, that adds no gradient."""
+        rows = self._pack(members, batch)
+        if self._tape is None:
+            with torch.no_grad():
+                return Measured(members, rows, sampled_log_probs(self._model, rows))
+        with self._tape:
+            log_probs = sampled_log_probs(self._model, rows)
+        normalisers = batch.normalisers[members].to(log_probs)
+        objective = (normalisers[rows.action_owners] * log_probs).sum()
+        with _naming(members):
+            found = self._tape.norms(objective, rows.segments, rows.count)
+        return Measured(members, rows, log_probs.detach(), found.squared_norms, found.relative_errors)
+
+    def _again(self, parts: Sequence[Measured], update: Update, batch: Minibatch) -> None:
+        """A second pass, that adds the gradient."""
+        begin = 0
         for part in parts:
             end = begin + len(part.members)
             factors = _token_factors(update.coefficients[begin:end], part.rows, part.members, batch)
             begin = end
             log_probs = sampled_log_probs(self._model, part.rows)
-            objective = -(factors.to(log_probs) * log_probs).sum()
-            objective.backward()
-            loss += float(objective.detach())
-        return Contribution(update, evidence, loss)
+            (-(factors.to(log_probs) * log_probs).sum()).backward()
 
     def _pack(self, members: Sequence[int], batch: Minibatch) -> PackedRows:
         pad = self._model.config.get_text_config().pad_token_id or 0
@@ -192,7 +191,8 @@ class TwoSums:
     """While entered, gradients that backward passes give do not stay in ``.grad``: they go to two sums.
 
     first += factor · g and second += factor · factor_of_second · g, parameter by parameter, as soon as g is
-    there: two buffers, and never a third. Not for sharded parameters (FSDP2), whose g is a mean over ranks.
+    there: two buffers, in float32 or better, beside the ``.grad`` that was there before. Not for sharded
+    parameters (FSDP2), whose g is a mean over ranks.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -200,11 +200,6 @@ class TwoSums:
         self.factor, self.factor_of_second = 1.0, 1.0
 
     def __enter__(self) -> TwoSums:
-        if any(hasattr(p, "device_mesh") for p in self._parameters):
-            raise VcpoError(
-                "a group spans several micro-batches, and the model is sharded: ranks are averaged before a "
-                "rank's own factor is known; raise learner.token_budget until a whole group fits"
-            )
         self._before = [p.grad for p in self._parameters]
         self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}
         for p in self._parameters:
@@ -216,7 +211,8 @@ class TwoSums:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         if parameter not in self._sums:
-            self._sums[parameter] = (torch.zeros_like(gradient), torch.zeros_like(gradient))
+            empty = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            self._sums[parameter] = (empty, empty.clone())
         first, second = self._sums[parameter]
         first.add_(gradient, alpha=self.factor)
         if self.factor_of_second:
@@ -227,7 +223,7 @@ class TwoSums:
         for first, second in self._sums.values():
             first.mul_(first_times).add_(second, alpha=second_times)
         self._before = [
-            _plus(before, self._sums[p][0]) if p in self._sums else before
+            _plus(p, before, self._sums[p][0]) if p in self._sums else before
             for p, before in zip(self._parameters, self._before, strict=True)
         ]
 
@@ -241,8 +237,43 @@ class TwoSums:
         self._sums.clear()
 
 
-def _plus(before: Tensor | None, gradient: Tensor) -> Tensor:
-    return gradient if before is None else before.add_(gradient)
+def _plus(parameter: Tensor, before: Tensor | None, gradient: Tensor) -> Tensor:
+    return gradient.to(parameter.dtype) if before is None else before.add_(gradient)
+
+
+def _largest(log_weights: Tensor, sampled: Tensor, factor: float) -> float:
+    """The largest log-weight of a trajectory with sampled tokens; NonFiniteError if e to it is too large."""
+    if not sampled.any():
+        return 0.0
+    candidates = log_weights.double().masked_fill(~sampled, -torch.inf)
+    ceiling = math.log(torch.finfo(torch.float32).max) - math.log(max(1.0, abs(factor)))
+    bad = (candidates > ceiling) | candidates.isnan()
+    if bad.any():
+        raise NonFiniteError("importance weight", int(bad.nonzero()[0]), "truncate the importance weights")
+    return float(candidates.max())
+
+
+def _line(update: Update, evidence: Evidence, middle: float) -> tuple[float, float] | None:
+    """(α, β) if all coefficients are w (α (R − middle) + β); else None.
+
+    The advantages tell α and β, the coefficients whether it is so: a surrogate may change them.
+    """
+    rewards, advantages = evidence.rewards.double() - middle, update.advantages.double()
+    top, bottom = int(rewards.argmax()), int(rewards.argmin())
+    rise = float(rewards[top] - rewards[bottom])
+    slope = float(advantages[top] - advantages[bottom]) / rise if rise else 0.0
+    offset = float(advantages[bottom] - slope * rewards[bottom])
+    weights = update.used_log_weights.double().exp()
+    expected = (weights * (slope * rewards + offset))[:, None]
+    # An advantage is a difference of two numbers in float32: so far may it be off.
+    size = abs(slope) * rewards.abs() + abs(offset)
+    near = (update.coefficients - expected).abs() <= 1e-5 * (weights * size)[:, None]
+    return (slope, offset) if bool((near | ~evidence.mask).all()) else None
+
+
+def _errors_of(parts: Sequence[Measured]) -> Tensor | None:
+    known = [part.relative_errors for part in parts if part.relative_errors is not None]
+    return torch.cat(known) if known else None
 
 
 def _token_factors(

@@ -43,7 +43,7 @@ class Learner:
         self, policy: Policy, algorithm: Algorithm, config: LearnerConfig, on_policy_ratio: float = 1.0
     ) -> None:
         self.policy, self.algorithm = policy, algorithm
-        self._config, self._on_policy_ratio = config, on_policy_ratio
+        self._on_policy_ratio = on_policy_ratio
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
         packed = keeps_packed_apart(policy.model)
         if not packed:

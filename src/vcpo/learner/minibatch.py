@@ -57,6 +57,8 @@ class Measured:
     """[N] of the sampled tokens, detached."""
     squared_norms: Tensor | None = None
     """[B] of nᵢ ∇log π, detached."""
+    relative_errors: Tensor | None = None
+    """[B] of the squared norms."""
 
 
 def evidence_of(parts: Sequence[Measured], batch: Minibatch) -> Evidence:

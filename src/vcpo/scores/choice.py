@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vcpo.scores.factors import Outer
+from vcpo.errors import VcpoError
+from vcpo.scores.factors import Lookup, Outer
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,23 @@ class Choice:
     """Form from T = this · d·p / (d + p) on."""
     ghost_up_to: int = 0
     """Find norms exactly by the ghost form up to this T, even if sketches are allowed."""
+    sketched_below: float = 0.5
+    """Sketch only if r·(d + p) is at most this · d·p: a narrow matrix (LoRA) is exact at no greater cost."""
 
-    def forms(self, tokens: float, use: Outer) -> bool:
+    def __post_init__(self) -> None:
+        if self.columns < 0 or self.columns == 1:
+            raise VcpoError(f"a sketch needs 2 columns or more to know its error, got {self.columns}")
+
+    def forms(self, tokens: float, use: Outer | Lookup) -> bool:
         """Whether gradients of trajectories of ``tokens`` positions are formed and kept."""
-        p, d = use.rows.shape[-1], use.columns.shape[-1]
+        p, d = use.height, use.columns.shape[-1]
         return tokens * (d + p) >= self.formed_from * d * p
 
-    def sketches(self, tokens: float) -> bool:
+    def sketches(self, tokens: float, use: Outer | Lookup) -> bool:
         """Whether norms from factors are sketched."""
-        return self.columns > 0 and tokens > self.ghost_up_to
+        p, d = use.height, use.columns.shape[-1]
+        wide = self.columns * (d + p) <= self.sketched_below * d * p
+        return self.columns > 0 and tokens > self.ghost_up_to and wide
 
 
 METHODS = {

@@ -40,7 +40,9 @@ class Collector:
         self._uses, self._names, self._keep = uses, names, keep
         self._sums: dict[Tensor, Tensor] = {}
         self._waiting: dict[Tensor, list[Outer | Lookup]] = {}
-        self._neighbours: list[Outer] = []  # matrices with the same columns, and their projected rows
+        # Matrices with the same columns: those to be measured exactly, and the projected rows of the others.
+        self._shared: Tensor | None = None
+        self._neighbours: list[Outer] = []
         self._projected: Tensor | None = None
         self._norms: list[Tensor] = []
         self._variances: list[Tensor] = []
@@ -81,7 +83,7 @@ class Collector:
             self._found(parameter, "formed", norms, Formed(formed))
         elif len(uses) == 1 and isinstance(use, Outer):
             self._add_neighbour(parameter, use)
-        elif self._choice.sketches(tokens):
+        elif self._choice.sketches(tokens, use):
             rows = [project_rows(use, self._signs, self._names[parameter]) for use in uses]
             self._estimated([(r, use.columns) for r, use in zip(rows, uses, strict=True)])
             self._found(parameter, "sketch", None, Factored(uses))
@@ -90,23 +92,23 @@ class Collector:
 
     def _add_neighbour(self, parameter: Tensor, use: Outer) -> None:
         """Take a matrix to be measured together with those that have the same columns."""
-        if self._neighbours and memory_of(use.columns) != memory_of(self._neighbours[-1].columns):
+        if self._shared is not None and memory_of(use.columns) != memory_of(self._shared):
             self._measure_neighbours()
-        self._neighbours.append(use)
-        sketch = self._choice.sketches(self._layout.mean_length)
+        self._shared = use.columns
+        sketch = self._choice.sketches(self._layout.mean_length, use)
         if sketch:
             rows = project_rows(use, self._signs, self._names[parameter])
             self._projected = rows if self._projected is None else self._projected + rows
+        else:
+            self._neighbours.append(use)
         self._found(parameter, "sketch" if sketch else "ghost", None, Factored([use]))
 
     def _measure_neighbours(self) -> None:
-        if not self._neighbours:
-            return
-        if self._projected is None:
+        if self._neighbours:
             self._norms.append(shared_norms(self._neighbours, self._layout))
-        else:
-            self._estimated([(self._projected, self._neighbours[0].columns)])
-        self._neighbours, self._projected = [], None
+        if self._projected is not None and self._shared is not None:
+            self._estimated([(self._projected, self._shared)])
+        self._neighbours, self._projected, self._shared = [], None, None
 
     def _estimated(self, uses: list[tuple[Tensor, Tensor]]) -> None:
         estimate = sketched_norms(uses, self._layout)

@@ -37,6 +37,11 @@ class Outer:
     rows: Float[Tensor, "P p"]
     columns: Float[Tensor, "P d"]
 
+    @property
+    def height(self) -> int:
+        """p."""
+        return self.rows.shape[-1]
+
 
 @dataclass(frozen=True)
 class Lookup:

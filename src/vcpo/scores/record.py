@@ -49,7 +49,7 @@ class Formed:
         """total += Σ_i c_i values_i."""
         coefficients = weights.coefficients
         rows = self.values.flatten(1)
-        if rows.dtype == total.dtype == precise(rows[:0]).dtype:
+        if rows.dtype == total.dtype == precise(rows[:0]).dtype and total.is_contiguous():
             total.view(-1).addmv_(rows.mT, coefficients.to(rows))
             return
         weighted = torch.zeros_like(total, dtype=precise(rows[:0]).dtype)
@@ -98,7 +98,8 @@ class ScoreNorms:
     relative_errors: Float[Tensor, " N"]
     """Estimated standard error of each squared norm, divided by it; 0 where nothing was sketched."""
     methods: Mapping[str, str]
-    """How the norm of each parameter was found: formed, ghost, sketch or sums."""
+    """How the norm of each parameter was found: ``formed`` and kept; ``ghost``, exactly from the factors (or
+    formed and dropped, where that is cheaper); ``sketch``; or ``sums``, of a vector."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,21 @@ class Record(ScoreNorms):
             raise NonFiniteError("coefficient", int(bad.nonzero()[0]), "check its weight and its advantage")
         weights = Weights(coefficients.to(self._layout.lengths.device), self._layout)
         with torch.autocast(weights.coefficients.device.type, enabled=False):  # factors have their types
-            while self._kept:
-                parameter, kept = self._kept.popitem()
-                _accumulate(parameter, kept, weights)
+            try:
+                while self._kept:
+                    parameter, kept = self._kept.popitem()
+                    _accumulate(parameter, kept, weights)
+            finally:
+                self._kept.clear()  # half a gradient must not be completed by a second try
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process holds only a part of it (a DTensor, as FSDP2 makes of parameters)."""
+    return hasattr(parameter, "device_mesh")
 
 
 def _accumulate(parameter: Any, kept: Kept, weights: Weights) -> None:
-    if hasattr(parameter, "device_mesh"):
+    if is_sharded(parameter):
         gradient = _reduced(parameter, kept, weights)
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return

@@ -25,7 +25,7 @@ from vcpo.scores.choice import METHODS, Choice
 from vcpo.scores.collector import Collector
 from vcpo.scores.layers import Rule, rule_for
 from vcpo.scores.layout import BUDGET, Layout
-from vcpo.scores.record import Record, ScoreNorms
+from vcpo.scores.record import Record, ScoreNorms, is_sharded
 from vcpo.scores.sketch import Signs
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ class ScoreTape:
     checkpointing works; what cannot be measured raises and is named, nothing is left out in silence.
 
     Raises UnsupportedLayerError at construction for a module that owns trainable parameters and has no
-    rule in :mod:`vcpo.scores.layers`; VcpoError for an unknown method or module name.
+    rule in :mod:`vcpo.scores.layers`, and for DistributedDataParallel; VcpoError for an unknown method or
+    module name.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class ScoreTape:
         self.seed = seed
         self._model, self._budget, self._only = model, budget, only
         self._choice = _choice_named(method)
+        _refuse_replicas(model)
         self._rules: dict[nn.Module, Rule] = {}
         self._names: dict[nn.Module, str] = {}
         self._registered: dict[tuple[nn.Module, str], nn.Parameter] = {}
@@ -176,7 +178,7 @@ class ScoreTape:
             for own, parameter in _trainable(module).items():
                 known = self._registered.get((module, own))
                 # FSDP shows gathered parameters at times; the sharded one is what the optimizer steps.
-                if known is None or not _sharded(known) or _sharded(parameter):
+                if known is None or not is_sharded(known) or is_sharded(parameter):
                     self._registered[module, own] = parameter
 
     def __enter__(self) -> ScoreTape:
@@ -217,7 +219,7 @@ class ScoreTape:
         if not output.requires_grad:
             recording.without_gradient = recording.without_gradient or use.module
         for own, parameter in use.parameters.items():
-            if _sharded(parameter):
+            if is_sharded(parameter):
                 raise self._unsupported(
                     use.module, f"has only a part of {own} in its call (tensor parallel): shard it by FSDP2"
                 )
@@ -250,18 +252,22 @@ class ScoreTape:
     def squared_norms(
         self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int
     ) -> Float[Tensor, " N"]:
+        """:meth:`norms`, without what else is known of them."""
+        return self.norms(objective, segments, count).squared_norms
+
+    def norms(self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int) -> ScoreNorms:
         """The norms alone, of :meth:`measure`: keeps nothing, for when memory is short.
 
         The gradient then takes a second forward pass. Shapes, normalisation and errors as there.
         """
-        return self._run(objective, segments, count, keep=False, whole=False).squared_norms
+        return self._run(objective, segments, count, keep=False, whole=False)
 
     def backward(self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int) -> ScoreNorms:
         """``objective.backward()``, with the norms found on its way: keeps nothing.
 
         For coefficients that are the same for all trajectories of a micro-batch, or linear in something
         known, so that gradients can be accumulated before they are scaled. Shapes, normalisation and errors
-        as in :meth:`measure`.
+        as in :meth:`measure`; after an error, ``.grad`` may hold what led to it: zero it.
         """
         return self._run(objective, segments, count, keep=False, whole=True)
 
@@ -351,6 +357,16 @@ class ScoreTape:
         return f"module {self._names[module]} ({type(module).__name__})"
 
 
+def _refuse_replicas(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise UnsupportedLayerError(
+                f"module {name or 'the model itself'} ({type(module).__name__}) averages the gradients of "
+                "ordinary backward passes only, and a record's would stay apart: use fully_shard (FSDP2), or "
+                "give the tape the module within and average .grad yourself"
+            )
+
+
 def _choice_named(method: str | Choice) -> Choice:
     if isinstance(method, Choice):
         return method
@@ -369,22 +385,26 @@ def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
 
 
-def _sharded(parameter: Tensor) -> bool:
-    return hasattr(parameter, "device_mesh")
-
-
 def _parameter_edges(objective: Tensor) -> Counter[Tensor]:
-    """How often the autograd graph below ``objective`` meets each parameter."""
-    met: Counter[Tensor] = Counter()
+    """How often the autograd graph below ``objective`` meets each parameter.
+
+    Autocast casts a weight once for all its uses: then the edges that lead to the cast are counted.
+    """
+    into: Counter[Any] = Counter()
+    leaves: list[tuple[Any, Tensor]] = []
     seen, stack = {objective.grad_fn}, [objective.grad_fn]
     while stack:
         node = stack.pop()
         for below, _ in node.next_functions if node is not None else ():
+            into[below] += 1
             if (leaf := getattr(below, "variable", None)) is not None:
-                met[leaf] += 1
+                leaves.append((node, leaf))
             elif below not in seen:
                 seen.add(below)
                 stack.append(below)
+    met: Counter[Tensor] = Counter()
+    for node, leaf in leaves:
+        met[leaf] += into[node] if type(node).__name__ == "ToCopyBackward0" else 1
     return met
 
 
