@@ -3,7 +3,8 @@
 One rule a kind: linear (y = A Wᵀ + b), transformers' Conv1D (y = A W + b), embedding, layer norm, and
 scale norm: any module with one vector w whose output is w ⊙ x̂ + c, found out by trying (Llama's RMSNorm
 w ⊙ x̂ and Gemma's (1 + w) ⊙ x̂ are two). A rule applies only to the forward method it was written for:
-a subclass that overrides it, or that owns more parameters, is not recognised.
+a subclass that overrides it, or that owns more parameters, is not recognised. Every rule is for calls with
+one tensor and no more.
 
 Shapes: A and E are [R, T, ·]; a norm inside attention may see [R, T, H, d] or [R, H, T, d].
 """
@@ -53,6 +54,8 @@ def _flat(values: Tensor, rows: torch.Size) -> Tensor:
     """[R, T, d] as [P, d]."""
     if values.shape[:-1] != rows:
         raise ValueError(f"{tuple(values.shape[:-1])} positions")
+    if rows[0] == rows[1] > 1 and values.stride(0) < values.stride(1):
+        raise ValueError("as many rows as positions, transposed (add a padding column)")
     return values.reshape(-1, values.shape[-1])
 
 
@@ -88,19 +91,20 @@ class _Embedding:
         if self.padding_token is not None:
             columns = columns.masked_fill((tokens == self.padding_token)[:, None], 0)
         assert isinstance(module, nn.Embedding)
-        return {"weight": Lookup(tokens, columns, height=module.num_embeddings)}
+        # A copy: callers may fill the next batch's ids into this one's before the record is used.
+        return {"weight": Lookup(tokens.clone(), columns, height=module.num_embeddings)}
 
 
 def _embedding_kind(module: nn.Module) -> Rule | None:
     if not isinstance(module, nn.Embedding) or not _owns_only(module, "weight"):
         return None
-    if module.max_norm is not None or module.scale_grad_by_freq:
-        return None  # the first changes the table while it is read, the second mixes trajectories
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return None  # changes the table while it is read; mixes trajectories; wants a sparse gradient
     if _forward_is(module, nn.Embedding):
         return _Embedding(None, module.padding_idx)
     scale = getattr(module, "embed_scale", 1.0)
-    table = _random(max(8, 1 + (module.padding_idx or 0)), module.weight)
-    tokens = torch.arange(8, device=table.device)
+    table = _random(module.num_embeddings, 2, module.weight)  # all tokens: some may be special
+    tokens = torch.arange(module.num_embeddings, device=table.device)
     found = _outputs_with(module, [table], tokens)
     if found is None or not _close(found[0], table[tokens] * scale):
         return None
@@ -138,7 +142,7 @@ class _ScaleNorm:
 def _output_with(module: nn.Module, weight: Tensor, a: Tensor) -> Tensor:
     """The output for another weight, by the forward method alone: hooks, such as FSDP's, are left out."""
     twin = object.__new__(type(module))
-    vars(twin).update(vars(module), _parameters={"weight": weight})
+    vars(twin).update(vars(module), _parameters={"weight": weight}, training=True)
     return twin.forward(a)
 
 
@@ -152,10 +156,10 @@ def _outputs_with(module: nn.Module, weights: Sequence[Tensor], a: Tensor) -> li
     return found if all(isinstance(output, Tensor) for output in found) else None
 
 
-def _random(height: int, like: Tensor) -> Tensor:
-    """Rows such as ``like`` could have, which may be a shard."""
+def _random(height: int, width: int, like: Tensor) -> Tensor:
+    """Rows of the type of ``like``, which may be a shard."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(height, like.shape[-1], generator=generator)
+    values = torch.randn(height, width, generator=generator)
     return values.to(like.device, like.dtype)
 
 
@@ -168,12 +172,14 @@ def _scale_norm_kind(module: nn.Module) -> Rule | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not _owns_only(module, "weight"):
         return None
-    a, w = _random(5, weight)[:, None].split((4, 1))
-    found = _outputs_with(module, [_filled(0, a), _filled(1, a), w[0, 0]], a)
+    if len(weight) == 1 or any(True for _ in module.children()):
+        return None  # one number for all channels is no vector; a child may be dropout
+    a, w = _random(5, len(weight), weight)[:, None].split((4, 1))
+    found = _outputs_with(module, [_filled(0, a), _filled(1, a), w[0, 0], w[0, 0]], a)
     if found is None or found[0].shape != a.shape:
         return None
-    zero, one, some = found
-    if not _close(some, w * (one - zero) + zero):
+    zero, one, some, again = found
+    if not torch.equal(some, again) or not _close(some, w * (one - zero) + zero):
         return None
     if not zero.any():
         return _ScaleNorm(((1.0, 1),))

@@ -10,6 +10,7 @@ two more gradient buffers: here a batch may be packed, and every product of a pl
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
 from vcpo.scores.choice import METHODS, Choice
@@ -117,8 +119,11 @@ class ScoreTape:
     trajectory's needs.
 
     Make it after wrapping the model (LoRA, ``fully_shard``) and before the first call of a compiled model.
-    Its hooks do nothing outside ``with``; :meth:`remove` takes them away. Non-reentrant gradient
-    checkpointing works; what cannot be measured raises and is named, nothing is left out in silence.
+    Its hooks do nothing outside ``with``; they go with the tape, or by :meth:`remove` (needed before the
+    model is pickled). Non-reentrant gradient checkpointing works; what cannot be measured raises and is
+    named, nothing is left out in silence. What a tape cannot see: forward hooks that are put before its own
+    later and change outputs, and a module that is shown the positions of a row in another order. Outputs of
+    watched modules are views: write ``logits / temperature``, not ``logits /= temperature``.
 
     Raises UnsupportedLayerError at construction for a module that owns trainable parameters and has no
     rule in :mod:`vcpo.scores.layers`, and for DistributedDataParallel; VcpoError for an unknown method or
@@ -135,7 +140,8 @@ class ScoreTape:
         budget: int = BUDGET,
     ) -> None:
         self.seed = seed
-        self._model, self._budget, self._only = model, budget, only
+        self._model, self._budget = model, budget
+        self._only = [only] if isinstance(only, str) else only
         self._choice = _choice_named(method)
         _refuse_replicas(model)
         self._rules: dict[nn.Module, Rule] = {}
@@ -147,27 +153,23 @@ class ScoreTape:
         self._inspect()
         # A compiled model is cut there: autograd sees no tensor inside a compiled piece.
         hook: Any = torch.compiler.disable(
-            self._tap, reason="a ScoreTape watches it: leave out fullgraph=True"
+            _hook_of(weakref.ref(self)), reason="a ScoreTape watches it: leave out fullgraph=True"
         )
         # On every module, frozen or not: it may be thawed later. Before other hooks, such as FSDP's, which
         # takes gathered parameters away.
-        self._handles = [
+        handles = [
             module.register_forward_hook(hook, with_kwargs=True, prepend=True)
             for module in model.modules()
             if any(True for _ in module.parameters(recurse=False))
         ]
-
-    def remove(self) -> None:
-        """Take the hooks off the model; the tape is then of no more use."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.remove = weakref.finalize(self, _remove_all, handles)
+        """Takes the hooks off the model; the tape is then of no more use."""
 
     def _inspect(self) -> None:
         """Name the modules to watch; again at every entry, since parameters may be frozen between."""
         watched = {module: _clean(name) for name, module in self._model.named_modules() if _trainable(module)}
         if self._only is not None:
-            unknown = set(self._only) - set(watched.values())
+            unknown = {*self._only} - {*watched.values()}
             if unknown:
                 raise VcpoError(f"no module with trainable parameters is called {', '.join(sorted(unknown))}")
             watched = {module: name for module, name in watched.items() if name in self._only}
@@ -193,25 +195,29 @@ class ScoreTape:
         if error is None or self._recording is None:
             return
         last, self._recording = self._recording.last, None
-        if isinstance(error, RuntimeError) and "_Tap is a view" in str(error) and last is not None:
+        if isinstance(error, RuntimeError) and "is a view" in str(error) and last is not None:
             raise self._unsupported(
                 last, "(or one called before it) had its output changed in place: let the next operation copy"
             ) from error
 
     def _tap(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
         recording = self._recording
         if recording is None or module not in self._names:
             return None
-        # Checkpointed layers run again during the measuring pass: tapped too, as they were, but not counted.
-        if not self._open and recording.sink is None:
+        # Checkpointed layers run again during a backward pass: tapped too, as they were, but not counted.
+        if not self._open and not _in_backward_pass():
             return None
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
+        if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
+            raise self._unsupported(
+                module, "was called with more than one tensor, or gave more: its rule is for one in, one out"
+            )
         use = _Use(module, self._name(module), _trainable(module))
         if self._open:
             self._note(recording, use, output)
-        a = args[0] if args else next(iter(kwargs.values()))
-        return _Tap.apply(output, a, recording.anchor, recording, use)
+        return _Tap.apply(output, given[0], recording.anchor, recording, use)
 
     def _note(self, recording: _Recording, use: _Use, output: Tensor) -> None:
         recording.called.add(use.module)
@@ -222,6 +228,14 @@ class ScoreTape:
             if is_sharded(parameter):
                 raise self._unsupported(
                     use.module, f"has only a part of {own} in its call (tensor parallel): shard it by FSDP2"
+                )
+            if not parameter.is_leaf:
+                raise self._unsupported(
+                    use.module, f"computes {own} from other parameters in its call (functional_call)"
+                )
+            if parameter._backward_hooks:
+                raise self._unsupported(
+                    use.module, f"has a gradient hook on {own}, which norms would not know: remove it"
                 )
             recording.uses[parameter] += 1
             recording.names.setdefault(parameter, f"{self._names[use.module]}.{own}".lstrip("."))
@@ -247,6 +261,11 @@ class ScoreTape:
         """
         if self._only is not None:
             raise VcpoError("a tape restricted by only= has no whole gradient to give: use squared_norms")
+        for (module, own), parameter in self._registered.items():
+            if parameter._post_accumulate_grad_hooks:
+                raise self._unsupported(
+                    module, f"has a hook on the finished gradient of {own}, which a record would not call"
+                )
         return self._run(objective, segments, count, keep=True, whole=False)
 
     def squared_norms(
@@ -273,6 +292,7 @@ class ScoreTape:
 
     def _run(self, objective: Tensor, segments: Tensor, count: int, *, keep: bool, whole: bool) -> Record:
         recording = self._check(objective)
+        _check_segments(segments)
         layout = Layout.of(segments, count, self._budget)
         if self._signs.seed != self.seed:
             self._signs = Signs(self.seed, self._choice.columns)
@@ -281,6 +301,8 @@ class ScoreTape:
 
         def take(use: _Use, a: Tensor, e: Tensor) -> None:
             with torch.no_grad():
+                if not collector.arrived and e.shape[:-1] == segments.shape and e[segments < 0].any():
+                    raise VcpoError("the objective depends on positions that the segments call padding")
                 for parameter, factor in self._factors(use, a, e, segments.shape):
                     collector.add(parameter, factor)
 
@@ -309,6 +331,8 @@ class ScoreTape:
         return Record(_finite(norms), errors, collector.methods, kept, layout)
 
     def _check(self, objective: Tensor) -> _Recording:
+        if objective.dim():
+            raise VcpoError(f"the objective has shape {tuple(objective.shape)}: give the sum, one number")
         if not objective.requires_grad:
             raise VcpoError("the objective has no gradient: was it computed under no_grad, or detached?")
         recording = self._recording
@@ -316,6 +340,12 @@ class ScoreTape:
             raise VcpoError(
                 "nothing is recorded: run the forward pass inside `with tape:`, measure it after, once"
             )
+        for name, module in self._model.named_modules():
+            if self._only is None and module not in self._names and _trainable(module):
+                raise UnsupportedLayerError(
+                    f"module {_clean(name)} ({type(module).__name__}) became trainable while the tape ran: "
+                    "thaw it before"
+                )
         for module in self._names:
             if module not in recording.called:
                 raise self._unsupported(
@@ -365,6 +395,34 @@ def _refuse_replicas(model: nn.Module) -> None:
                 "ordinary backward passes only, and a record's would stay apart: use fully_shard (FSDP2), or "
                 "give the tape the module within and average .grad yourself"
             )
+
+
+def _hook_of(tape: weakref.ref[ScoreTape]) -> Callable[..., Tensor | None]:
+    """A forward hook that does not keep its tape alive."""
+
+    def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        owner = tape()
+        return None if owner is None else owner._tap(module, args, kwargs, output)
+
+    return tap
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _in_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
+
+
+def _check_segments(segments: Tensor) -> None:
+    if segments.dim() != 2 or segments.is_floating_point() or segments.dtype == torch.bool:
+        raise VcpoError(
+            f"segments must be whole numbers of shape [R, T], not {segments.dtype} {tuple(segments.shape)}"
+        )
+    if segments.numel() and int(segments.min()) < -1:
+        raise VcpoError(f"segments name trajectory {int(segments.min())}; padding is -1")
 
 
 def _choice_named(method: str | Choice) -> Choice:
