@@ -262,16 +262,69 @@ def test_hooks_go_with_their_tape() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_recording_that_is_never_measured_leaves_checkpointed_layers_working() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_other_graphs_are_recomputed_as_they_were_while_a_recording_waits(inside: bool) -> None:
+    """A graph made without the tape has no taps; nor has what checkpointing makes of it again."""
     batch = batch_of(LENGTHS)
     model, rows = Between(nn.Linear(WIDTH, WIDTH)), padded(batch)
-    model.call = lambda m, x: checkpoint(m, x, use_reentrant=False)  # pyright: ignore
+    model.call = lambda m, x: checkpoint(lambda y: m(y).tanh(), x, use_reentrant=False)  # pyright: ignore
     expected = torch.autograd.grad(objective_of(model(rows.ids), batch, rows), model.middle.weight)
+    before = objective_of(model(rows.ids), batch, rows)
     tape = ScoreTape(model)
     with tape:
-        logits = model(rows.ids)
-    found = torch.autograd.grad(objective_of(logits, batch, rows), model.middle.weight)
+        model(rows.ids)
+        found = torch.autograd.grad(before, model.middle.weight) if inside else None
+    if not inside:
+        found = torch.autograd.grad(objective_of(model(rows.ids), batch, rows), model.middle.weight)
     torch.testing.assert_close(found, expected)
+
+
+class ModalNorm(GatedNorm):
+    """Scales twice as much in eval mode."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x) * (1 if self.training else 2)
+
+
+class ContextNorm(GatedNorm):
+    """Adds the row's mean: no part of w ⊙ x̂, and with one position in a row like 1 + w."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return x * self.weight + x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("middle", [ModalNorm(), ContextNorm()])
+def test_scale_norms_in_eval_mode_match_the_oracle(middle: nn.Module) -> None:
+    batch = batch_of([4] * 4)
+    model, rows = Between(middle).eval(), padded(batch)
+    found = measure(model, rows, batch)
+    torch.testing.assert_close(found, squared(separate(model, batch, rows)), rtol=1e-8, atol=0.0)
+
+
+class Repeated(GatedNorm):
+    """A weight for half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH // 2))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return x * self.weight.repeat(x.shape[-1] // len(self.weight))
+
+
+def test_scale_for_half_of_the_channels_is_named() -> None:
+    batch = batch_of(LENGTHS)
+    with pytest.raises(UnsupportedLayerError, match=r"middle \(Repeated\) saw 8 channels with 4 weights"):
+        measure(Between(Repeated()), padded(batch), batch)
+
+
+def test_positions_expanded_over_as_many_rows() -> None:
+    batch = batch_of([4] * 4)
+    model, rows = Between(nn.Embedding(4, WIDTH)), padded(batch)
+    places = torch.arange(4).expand(4, 4)
+    model.call = lambda module, x: x + module(places)  # pyright: ignore
+    found = measure(model, rows, batch)
+    torch.testing.assert_close(found, squared(separate(model, batch, rows)), rtol=1e-8, atol=0.0)
 
 
 def test_only_takes_one_name() -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vcpo.algorithms.composition import Algorithm, Evidence, Update
-from vcpo.errors import NonFiniteError, VcpoError
+from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
 from vcpo.learner.minibatch import Measured, Minibatch, evidence_of
 from vcpo.policy.loading import Policy
 from vcpo.policy.log_probs import sampled_log_probs
@@ -58,7 +58,7 @@ class Accumulator:
         self._model, self._algorithm = policy.model, algorithm
         self._budget, self._packed = token_budget, packed
         # Made here, so that an unsupported layer is named before anything is sampled.
-        self._tape = ScoreTape(policy.model, method=score_norms) if algorithm.needs_score_norms else None
+        self._tape = _tape_of(policy.model, score_norms) if algorithm.needs_score_norms else None
 
     def units(self, batch: Minibatch) -> list[list[list[int]]]:
         """The minibatch cut into units of micro-batches: units > micro-batches > places."""
@@ -235,6 +235,14 @@ class TwoSums:
         for parameter, before in zip(self._parameters, self._before, strict=True):
             parameter.grad = before
         self._sums.clear()
+
+
+def _tape_of(model: nn.Module, method: str) -> ScoreTape:
+    try:
+        return ScoreTape(model, method=method)
+    except UnsupportedLayerError as error:
+        hint = "in a recipe: choose a baseline without score norms (algorithm.baseline or algorithm.name)"
+        raise UnsupportedLayerError(f"{error}; {hint}") from None
 
 
 def _plus(parameter: Tensor, before: Tensor | None, gradient: Tensor) -> Tensor:

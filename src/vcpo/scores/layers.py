@@ -54,7 +54,7 @@ def _flat(values: Tensor, rows: torch.Size) -> Tensor:
     """[R, T, d] as [P, d]."""
     if values.shape[:-1] != rows:
         raise ValueError(f"{tuple(values.shape[:-1])} positions")
-    if rows[0] == rows[1] > 1 and values.stride(0) < values.stride(1):
+    if rows[0] == rows[1] > 1 and 0 < values.stride(0) < values.stride(1):
         raise ValueError("as many rows as positions, transposed (add a padding column)")
     return values.reshape(-1, values.shape[-1])
 
@@ -129,8 +129,12 @@ class _ScaleNorm:
     """w ⊙ x̂ + c, with x̂ = Σ_k sign_k · output(w = value_k)."""
 
     points: tuple[tuple[float, int], ...]
+    width: int
+    """Of w."""
 
     def __call__(self, module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
+        if a.shape[-1] != self.width:
+            raise ValueError(f"{a.shape[-1]} channels with {self.width} weights")
         values = precise(e) * self.normalised(module, a)
         return {"weight": Vector(_per_position(values, a, rows))}
 
@@ -139,18 +143,18 @@ class _ScaleNorm:
         return reduce(torch.add, (s * _output_with(module, _filled(value, a), a) for value, s in self.points))
 
 
-def _output_with(module: nn.Module, weight: Tensor, a: Tensor) -> Tensor:
+def _output_with(module: nn.Module, weight: Tensor, a: Tensor, **changes: object) -> Tensor:
     """The output for another weight, by the forward method alone: hooks, such as FSDP's, are left out."""
     twin = object.__new__(type(module))
-    vars(twin).update(vars(module), _parameters={"weight": weight}, training=True)
+    vars(twin).update(vars(module), _parameters={"weight": weight}, **changes)
     return twin.forward(a)
 
 
 def _outputs_with(module: nn.Module, weights: Sequence[Tensor], a: Tensor) -> list[Tensor] | None:
-    """The output for each weight; None if the module is not a function of one tensor."""
+    """The output for each weight, in training mode; None if the module is not a function of one tensor."""
     try:
         with torch.no_grad():
-            found = [_output_with(module, weight, a) for weight in weights]
+            found = [_output_with(module, weight, a, training=True) for weight in weights]
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return None
     return found if all(isinstance(output, Tensor) for output in found) else None
@@ -174,18 +178,20 @@ def _scale_norm_kind(module: nn.Module) -> Rule | None:
         return None
     if len(weight) == 1 or any(True for _ in module.children()):
         return None  # one number for all channels is no vector; a child may be dropout
-    a, w = _random(5, len(weight), weight)[:, None].split((4, 1))
-    found = _outputs_with(module, [_filled(0, a), _filled(1, a), w[0, 0], w[0, 0]], a)
+    a = _random(6, len(weight), weight).view(2, 3, -1)
+    w = 8 * a[0, 0].flip(0)
+    found = _outputs_with(module, [_filled(0, a), _filled(1, a), w, w], a)
     if found is None or found[0].shape != a.shape:
         return None
     zero, one, some, again = found
     if not torch.equal(some, again) or not _close(some, w * (one - zero) + zero):
         return None
+    points = ((1.0, 1), (0.0, -1))
     if not zero.any():
-        return _ScaleNorm(((1.0, 1),))
-    if _close(one, 2 * zero):
-        return _ScaleNorm(((0.0, 1),))
-    return _ScaleNorm(((1.0, 1), (0.0, -1)))
+        points = ((1.0, 1),)
+    elif _close(one, 2 * zero):
+        points = ((0.0, 1),)
+    return _ScaleNorm(points, len(weight))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -123,7 +123,9 @@ class ScoreTape:
     model is pickled). Non-reentrant gradient checkpointing works; what cannot be measured raises and is
     named, nothing is left out in silence. What a tape cannot see: forward hooks that are put before its own
     later and change outputs, and a module that is shown the positions of a row in another order. Outputs of
-    watched modules are views: write ``logits / temperature``, not ``logits /= temperature``.
+    watched modules are views: write ``logits / temperature``, not ``logits /= temperature``. A recorded pass
+    through checkpointed layers is to be measured: an ordinary backward pass of it ends in torch's
+    CheckpointError.
 
     Raises UnsupportedLayerError at construction for a module that owns trainable parameters and has no
     rule in :mod:`vcpo.scores.layers`, and for DistributedDataParallel; VcpoError for an unknown method or
@@ -206,8 +208,8 @@ class ScoreTape:
         recording = self._recording
         if recording is None or module not in self._names:
             return None
-        # Checkpointed layers run again during a backward pass: tapped too, as they were, but not counted.
-        if not self._open and not _in_backward_pass():
+        # Checkpointed layers run again during the measuring pass: tapped too, as they were, but not counted.
+        if recording.sink is None and (not self._open or _in_backward_pass()):
             return None
         given = [value for value in (*args, *kwargs.values()) if value is not None]
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
