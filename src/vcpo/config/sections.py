@@ -6,7 +6,7 @@ The sentence under a field is its only documentation: ``vcpo config`` prints it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -48,8 +48,8 @@ class ModelConfig(Section):
     """Width of the small model."""
     layers: PositiveInt = 2
     """Decoder layers of the small model."""
-    heads: PositiveInt = 4
-    """Attention heads of the small model."""
+    heads: PositiveInt = 2
+    """Attention heads of the small model (vLLM wants hidden_size / heads of 32 or more)."""
     intermediate_size: PositiveInt = 256
     """Width of the small model's MLP."""
     context_length: PositiveInt = 64
@@ -58,12 +58,25 @@ class ModelConfig(Section):
     """Number type of the weights."""
     device: str = "cpu"
     """Torch device of learner and local sampler."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of a loaded model in the learner; the local sampler always uses sdpa."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ValueError("hidden_size / heads must be an even whole number")
         return self
+
+
+class LoraConfig(Section):
+    rank: NonNegativeInt = 0
+    """Rank of the adapters; 0: all parameters are trained, without adapters."""
+    alpha: PositiveFloat = 32.0
+    """The adapters' product is multiplied by alpha / rank."""
+    targets: list[str] = ["all-linear"]
+    """Ends of the names of the modules that get adapters; all-linear: every linear one but the head."""
 
 
 class WarmStartConfig(Section):
@@ -99,8 +112,9 @@ class EnvironmentConfig(Section):
 class AlgorithmConfig(Section):
     name: str = "vcpo"
     """vcpo, grpo, reinforce or tis; ``vcpo methods`` describes them."""
-    on_policy_ratio: float = Field(default=1.0, gt=0, le=1)
-    """ESS ratio of on-policy data (below 1 where sampler and learner numerics differ)."""
+    on_policy_ratio: Annotated[float, Field(gt=0, le=1)] | Literal["calibrated"] = 1.0
+    """ESS ratio of on-policy data, below 1 where sampler and learner numerics differ; calibrated: found by
+    ``vcpo calibrate`` for the lengths of each step."""
     truncation: PositiveFloat | None = None
     """Upper bound of the importance weights; unset: the algorithm's own."""
     baseline: Literal["zero", "group-mean", "leave-one-out", "optimal"] | None = None
@@ -116,14 +130,50 @@ class AlgorithmConfig(Section):
 
 
 class SamplerConfig(Section):
-    kind: Literal["local"] = "local"
-    """Engine that generates."""
+    kind: Literal["local", "vllm"] = "local"
+    """Engine that generates: transformers in the sampler's process, or vLLM servers."""
     slots: PositiveInt = 256
-    """Sequences decoded at once; more wait."""
+    """Sequences decoded at once, by each server; more wait."""
     update: Literal["keep", "drain"] = "keep"
     """New weights: between two tokens of running episodes, or after they have finished."""
     prefill_tokens: PositiveInt = 8192
     """The most prompt tokens fed in one forward pass."""
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by it, in the learner too: the policy is what is sampled."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most probable tokens that together have this probability; 1: from all."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many most probable tokens; 0: from all."""
+    dtype: Literal["same", "float32", "bfloat16"] = "same"
+    """Number type of the sampler's weights; same: as in [model]."""
+    quantization: Literal["none", "fp8", "int8", "int4"] = "none"
+    """Rounding of the sampler's matrices; the learner's stay as they are."""
+    urls: list[str] = []
+    """vLLM servers that run already (``vcpo serve`` starts one); empty: start them."""
+    servers: PositiveInt = 1
+    """vLLM servers that each sampler process starts."""
+    python: str = ""
+    """Python of the environment that has vLLM; empty: this one."""
+    devices: list[str] = []
+    """CUDA_VISIBLE_DEVICES of each vLLM server that is started, such as 1 or 2+3; empty: what is visible."""
+    options: list[str] = []
+    """More command-line options for the vLLM servers that are started, such as --gpu-memory-utilization=0.8."""
+    transfer: Literal["files", "collective"] = "files"
+    """How weights reach vLLM servers: safetensors files (in shared memory where they fit), or a broadcast
+    (NCCL between GPUs, gloo between CPUs)."""
+    probe_tolerance: PositiveFloat | None = None
+    """The largest mean difference, in nats, between log-probs of a server and of the learner after an update;
+    unset: 0.01 in float32, 0.1 in bfloat16, 0.5 quantized."""
+
+    @model_validator(mode="after")
+    def _servers_are_found_or_started(self) -> SamplerConfig:
+        if self.kind != "vllm" and (self.urls or self.python or self.devices or self.options):
+            raise ValueError("urls, python, devices and options are of vLLM servers: set kind = \"vllm\"")
+        if self.urls and (self.python or self.devices or self.options or self.servers != 1):
+            raise ValueError("urls are servers that run already: python, servers, devices, options start others")
+        if self.devices and len(self.devices) != self.servers:
+            raise ValueError(f"devices names {len(self.devices)} servers and servers is {self.servers}")
+        return self
 
 
 class LearnerConfig(Section):
@@ -141,6 +191,8 @@ class LearnerConfig(Section):
     """Steps over which the learning rate rises linearly from 0."""
     token_budget: PositiveInt = 8192
     """The most tokens, padding included, in one micro-batch."""
+    logit_budget: PositiveInt = 2**27
+    """The most logits (tokens times vocabulary) that exist at once; more are computed in pieces."""
     score_norms: Literal["sketched", "exact"] = "sketched"
     """Score norms of the optimal baseline: from random projections where that is cheaper, or exact."""
     checkpoint_every: NonNegativeInt = 100
@@ -185,6 +237,7 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()

@@ -66,7 +66,9 @@ def settings_of(section: str, cls: type[Section]) -> Iterator[Setting]:
     """The fields of one section, in order."""
     for name, schema in cls.model_json_schema()["properties"].items():
         kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
-        yield Setting(section, name, schema.get("description", ""), kinds[0], may_be_unset="anyOf" in schema)
+        sentence = " ".join(schema.get("description", "").split())
+        unset = any(kind.get("type") == "null" for kind in schema.get("anyOf", ()))
+        yield Setting(section, name, sentence, kinds[0], may_be_unset=unset)
 
 
 SETTINGS = {
