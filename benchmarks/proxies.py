@@ -52,6 +52,7 @@ from vcpo.pipeline.build import build_learner, build_policy, build_rollout_loop
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.policy.loading import Policy, hide_loading_bars
 from vcpo.policy.packing import PackedRows, pack
+from vcpo.samplers.local import LocalSampler
 from vcpo.scores import ScoreTape
 from vcpo.scores.choice import METHODS
 from vcpo.scores.proxies import logit_energies, token_counts
@@ -130,7 +131,8 @@ def recipe(task: str, scale: Scale, overrides: list[str]) -> Config:
 
 async def train(config: Config, learner: Learner, replica: Policy, kept: Iterable[int]) -> dict[int, Weights]:
     """Train with fresh rollouts only; the weights of the versions to keep."""
-    loop, sampler = build_rollout_loop(config, replica)
+    sampler = LocalSampler(replica.model, replica.context_length, config.sampler)
+    loop = build_rollout_loop(config, replica, sampler)
     prompts, snapshots = config.pipeline.prompts, {0: snapshot(learner.policy)}
     for version in range(config.pipeline.steps):
         orders = [GroupOrder(prompts * version + i, version) for i in range(prompts)]
@@ -152,7 +154,8 @@ async def collect(
     """All rollouts of each problem under ``weights``; every situation plays the same problems."""
     members = GROUP_SIZE * scale.groups
     whole = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"group_size": members})})
-    loop, sampler = build_rollout_loop(whole, replica)
+    sampler = LocalSampler(replica.model, replica.context_length, whole.sampler)
+    loop = build_rollout_loop(whole, replica, sampler)
     await sampler.update(0, weights)
     orders = [GroupOrder(FIRST_PROBLEM + i, 0) for i in range(scale.prompts)]
     played = await loop.play_groups(orders)

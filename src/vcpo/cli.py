@@ -135,6 +135,33 @@ def eval(
     _print_figures(evaluate(Path(path), overrides, problems=problems, progress=RichProgress()))
 
 
+@app.command(context_settings=OVERRIDABLE)
+def serve(
+    context: typer.Context,
+    arguments: ModelAndSettings = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 8000,
+    host: Annotated[str, typer.Option(help="Loopback, unless other machines shall reach it.")] = "127.0.0.1",
+) -> None:
+    """Start a vLLM server that vcpo can train with, and stay in front of it.
+
+    The model's folder or hub id, then settings as for training: [sampler] and [model] decide how it is
+    served. A run uses it by sampler.urls; without urls a run starts servers itself. Whoever reaches the port
+    can change the weights: open it to machines you trust alone.
+
+    \b
+    vcpo serve PATH_OR_HUB_ID --port 8001 --sampler.python ENV/bin/python
+    vcpo train gsm8k --sampler.kind vllm --sampler.urls http://127.0.0.1:8001
+    """
+    from vcpo.config import load_config
+    from vcpo.samplers.vllm.process import serve_in_front
+
+    model, overrides = _split(context, arguments)
+    if model is None:
+        raise ConfigError("name a model: vcpo serve PATH_OR_HUB_ID")
+    config = load_config(None, [*overrides, "--sampler.kind", "vllm", "--model.name", model])
+    raise typer.Exit(serve_in_front(config, host, port))
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],

@@ -62,6 +62,9 @@ class FakeLearner:
         metrics = {"tokens": len(groups), "lag_max": max(lags), "lag_histogram": dict(lags)}
         return StepResult(metrics, publication_of(self.version))
 
+    def send(self, publication: Publication) -> Awaitable[object]:
+        return asyncio.sleep(0)
+
     async def checkpoint(self, position: dict[str, Any]) -> None:
         self.checkpoints.append((self.version, position))
 

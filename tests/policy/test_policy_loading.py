@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    Gemma3Config,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from vcpo.config import ModelConfig
 from vcpo.errors import ModelError
+from vcpo.policy import loading
 from vcpo.policy.loading import load_policy, small_policy
-from vcpo.policy.tokens import TokenizerCodec, character_tokenizer
+from vcpo.policy.tokens import PAD, TokenizerCodec, character_tokenizer
 from vcpo.weights import checksum, weight_tensors
 
 torch.set_num_threads(1)
@@ -64,6 +79,33 @@ def test_a_prompt_is_rendered_by_the_chat_template() -> None:
     codec = TokenizerCodec(tokenizer)
     assert codec.decode(codec.encode_prompt("hello")) == "[user]hello[assistant]"
     assert codec.decode(codec.encode("hello")) == "hello"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('a system message is needed') }}", "a system message is needed"),
+        ("{% if messages[0]['role'] != 'system' %}{{ messages[1]['content'] }}{% endif %}", "no element 1"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+    ],
+)
+def test_a_chat_template_that_fails_is_told_with_its_model(template: str, message: str) -> None:
+    tokenizer = character_tokenizer("ab")
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError) as caught:
+        TokenizerCodec(tokenizer, "hub/tiny").encode_prompt("ab")
+    assert "the chat template of hub/tiny cannot render a single user message: " in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_prompt_without_a_chat_template_begins_as_the_tokenizer_begins() -> None:
+    """What the tokenizer puts first (here token 0) comes before a prompt, and not before later text."""
+    tokenizer = character_tokenizer("ab")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{PAD} $A", special_tokens=[(PAD, 0)]
+    )
+    codec = TokenizerCodec(tokenizer)
+    assert (codec.encode_prompt("ab"), codec.encode("ab")) == ([0, 3, 4], [3, 4])
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
@@ -146,25 +188,117 @@ def unknown_architecture(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "abacus"}')
 
 
+def remove_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def adapter(folder: Path) -> None:
+    remove_all(folder)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def empty(folder: Path) -> None:
+    remove_all(folder)
+    folder.mkdir()
+
+
+def sequence_to_sequence(folder: Path) -> None:
+    T5Config(vocab_size=6).save_pretrained(folder)
+
+
+def of_images_and_text(folder: Path) -> None:
+    Gemma3Config().save_pretrained(folder)
+
+
 def other_shapes(folder: Path) -> None:
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": 24'))
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [remove_all, remove_weights, cut_weights, drop_head, break_config, unknown_architecture, other_shapes],
+    ("damage", "reason"),
+    [
+        (remove_all, "there is no such folder"),
+        (empty, "config.json"),
+        (remove_weights, "no file named model.safetensors"),
+        (cut_weights, "invalid"),
+        (drop_head, r"lack lm_head.weight \(1 missing\)"),
+        (break_config, "not a valid JSON"),
+        (unknown_architecture, "abacus"),
+        (other_shapes, "size|shape"),
+        (remove_tokenizer, "tokenizer"),
+        (adapter, "it is an adapter; give the model it was merged into"),
+        (sequence_to_sequence, "it is of the kind t5: give a causal language model"),
+        (of_images_and_text, "it is of more than text: give the variant for text only"),
+    ],
 )
-def test_a_folder_that_cannot_be_loaded_is_one_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_folder_that_cannot_be_loaded_is_one_line(
+    tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
     folder = tmp_path / "policy"
     small_policy(SMALL, "abc", seed=0).save(folder)
     damage(folder)
     with pytest.raises(ModelError) as caught:
         load_policy(str(folder), SMALL)
     message = str(caught.value)
-    assert message.startswith(f"cannot load the model '{folder}': ")
+    start = f"cannot load the model '{folder}': "
+    assert message.startswith(start)
+    assert re.search(reason, message.removeprefix(start))
     assert "\n" not in message
     assert caught.value.exit_code == 2
+
+
+def test_a_hub_id_that_is_not_here_is_one_line() -> None:
+    """Tests run offline, where an id that does not exist is one that was never fetched."""
+    with pytest.raises(ModelError) as caught:
+        load_policy("no-such-people/no-such-model", SMALL)
+    message = str(caught.value)
+    assert message.startswith("cannot load the model 'no-such-people/no-such-model': ")
+    assert message.endswith("or a hub id that this machine can reach)")
+    assert "\n" not in message
+
+
+def test_an_encoder_is_refused_though_it_loads_as_a_language_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    BertLMHeadModel(BertConfig(vocab_size=6, num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
+    character_tokenizer("abc").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="BertLMHeadModel sees the tokens to come"):
+        load_policy(str(tmp_path), SMALL)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    small_policy(SMALL, "abc", seed=0).save(tmp_path)
+    character_tokenizer("abcdef").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="its tokenizer has 9 tokens, its embedding 6"):
+        load_policy(str(tmp_path), SMALL)
+
+
+def test_flash_attention_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = SMALL.model_copy(update={"attention": "flash_attention_2", "dtype": "bfloat16"})
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ModelError, match=r"flash_attention_2.* pip install flash-attn"):
+        small_policy(flash, "abc", seed=0)
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
+    with pytest.raises(ModelError, match=r'does not compute in float32: set model.dtype = "bfloat16"'):
+        small_policy(flash.model_copy(update={"dtype": "float32"}), "abc", seed=0)
+
+
+def test_layers_that_would_drop_activations_are_not_checkpointed(tmp_path: Path) -> None:
+    """OPT applies dropout in the layer itself, which must be in training mode to be computed again."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "ffn_dim": 24,
+        "word_embed_proj_dim": 16,
+    }
+    OPTForCausalLM(OPTConfig(vocab_size=6, num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
+    character_tokenizer("abc").save_pretrained(tmp_path)
+    load_policy(str(tmp_path), SMALL)
+    with pytest.raises(ModelError, match="OPTForCausalLM drops activations in its layers"):
+        load_policy(str(tmp_path), SMALL.model_copy(update={"activation_checkpointing": True}))
 
 
 def test_pickled_weights_are_never_opened(tmp_path: Path) -> None:

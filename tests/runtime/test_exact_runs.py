@@ -24,6 +24,7 @@ from vcpo.pipeline.build import build_learner, build_policy, build_rollout_loop
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.policy.loading import Policy
 from vcpo.runtime import evaluate, train
+from vcpo.samplers.local import LocalSampler
 from vcpo.weights import weight_tensors
 
 torch.set_num_threads(1)
@@ -81,7 +82,8 @@ def plain_loop(config: Config) -> dict[str, bytes]:
     learner, prompts = build_learner(config, policy), config.pipeline.prompts
 
     async def loop() -> None:
-        rollouts, sampler = build_rollout_loop(config, served)
+        sampler = LocalSampler(served.model, served.context_length, config.sampler)
+        rollouts = build_rollout_loop(config, served, sampler)
         for step in range(config.pipeline.steps):
             numbers = range(step * prompts, (step + 1) * prompts)
             learner.step(await rollouts.play_groups(GroupOrder(n, step) for n in numbers))

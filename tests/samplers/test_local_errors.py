@@ -264,7 +264,7 @@ def tiny(config: PreTrainedConfig) -> PreTrainedModel:
             "BloomForCausalLM.*position_ids",
             id="positions-from-the-mask",
         ),
-        pytest.param(lambda: llama(attention="eager"), "LlamaForCausalLM.*eager.*sdpa", id="eager-attention"),
+        pytest.param(lambda: llama(attention="flex_attention"), "LlamaForCausalLM.*flex.*sdpa", id="flex"),
     ],
 )
 def test_a_model_that_cannot_be_decoded_right_is_refused_at_once(build: Any, message: str) -> None:

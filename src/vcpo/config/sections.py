@@ -92,9 +92,28 @@ class WarmStartConfig(Section):
 
 class EnvironmentConfig(Section):
     kind: str = "maze"
-    """maze, sort, countdown, jsonl, or module:Class of your own."""
+    """maze, sort, countdown, jsonl, math, or module:Class of your own."""
     path: str = ""
-    """The data file (jsonl only)."""
+    """jsonl, math: the data file, JSON lines or Parquet."""
+    held_out_path: str = ""
+    """jsonl, math: the file of held-out problems; empty: one prompt in eight of the data file is held out."""
+    dataset: str = ""
+    """jsonl, math: hub id of a data set, in place of path."""
+    dataset_config: str = ""
+    """The configuration of the data set, where it has several."""
+    split: str = "train"
+    """The split of the data set to train on."""
+    held_out_split: str = ""
+    """The split to hold out; empty: validation or test, where there is one, else one prompt in eight."""
+    prompt_field: str = "prompt"
+    """jsonl, math: the field with the problem."""
+    answer_field: str = "answer"
+    """jsonl, math: the field with the answer."""
+    answer_form: Literal["plain", "hashes", "boxed"] = "plain"
+    """Where the answer is in its field: all of it; after ####, as in GSM8K; in the last \\boxed{}, as in MATH."""
+    template: str = ""
+    """What the model is shown: {prompt} stands for the problem (countdown: {numbers} and {target}); empty:
+    the problem alone, and for math also the request to reason and to put the answer in \\boxed{}."""
     max_tokens: PositiveInt = 32
     """The most tokens the model may sample in one turn."""
     timeout_seconds: PositiveFloat = 60.0
@@ -107,6 +126,19 @@ class EnvironmentConfig(Section):
     """maze: moves before the episode is lost."""
     match: Literal["exact", "contains", "number"] = "exact"
     """jsonl: the answer equals the response; is contained in it; or equals its last number."""
+
+    @model_validator(mode="after")
+    def _data_comes_from_one_place(self) -> EnvironmentConfig:
+        if self.path and self.dataset:
+            raise ValueError("path is a file and dataset is on a hub: give one of them")
+        if self.held_out_path and not self.path:
+            raise ValueError("held_out_path goes with path; a data set has held_out_split")
+        of_a_data_set = self.dataset_config or self.held_out_split or self.split != "train"
+        if of_a_data_set and not self.dataset:
+            raise ValueError("dataset_config, split and held_out_split are of a data set: set dataset")
+        if self.dataset and self.split == self.held_out_split:
+            raise ValueError(f"split and held_out_split are both {self.split}: hold out another one, or none")
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -168,9 +200,11 @@ class SamplerConfig(Section):
     @model_validator(mode="after")
     def _servers_are_found_or_started(self) -> SamplerConfig:
         if self.kind != "vllm" and (self.urls or self.python or self.devices or self.options):
-            raise ValueError("urls, python, devices and options are of vLLM servers: set kind = \"vllm\"")
+            raise ValueError('urls, python, devices and options are of vLLM servers: set kind = "vllm"')
         if self.urls and (self.python or self.devices or self.options or self.servers != 1):
-            raise ValueError("urls are servers that run already: python, servers, devices, options start others")
+            raise ValueError(
+                "urls are servers that run already: python, servers, devices, options start others"
+            )
         if self.devices and len(self.devices) != self.servers:
             raise ValueError(f"devices names {len(self.devices)} servers and servers is {self.servers}")
         return self
@@ -230,6 +264,8 @@ class RuntimeConfig(Section):
     """Torch threads of each process; small models are fastest with 1."""
     timeout_seconds: PositiveFloat = 600.0
     """The longest wait for an answer of any process; the error names it."""
+    weights_folder: str = ""
+    """Where published weights wait for samplers: a folder that all of them see; empty: shared memory."""
 
 
 class Config(Section):

@@ -28,7 +28,7 @@ from vcpo.algorithms.composition import Algorithm, Evidence, Update
 from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
 from vcpo.learner.minibatch import Measured, Minibatch, evidence_of
 from vcpo.policy.loading import Policy
-from vcpo.policy.log_probs import sampled_log_probs
+from vcpo.policy.log_probs import LOGIT_BUDGET, TokenLogProbs, predicting
 from vcpo.policy.packing import PackedRows, micro_batches, pack
 from vcpo.scores import ScoreTape
 from vcpo.scores.record import is_sharded
@@ -53,10 +53,19 @@ class Accumulator:
     """Adds gradients of minibatches to the parameters of a policy."""
 
     def __init__(
-        self, policy: Policy, algorithm: Algorithm, token_budget: int, *, packed: bool, score_norms: str
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        token_budget: int,
+        *,
+        packed: bool,
+        score_norms: str,
+        temperature: float = 1.0,
+        logit_budget: int = LOGIT_BUDGET,
     ) -> None:
         self._model, self._algorithm = policy.model, algorithm
         self._budget, self._packed = token_budget, packed
+        self._log_probs = TokenLogProbs(policy.model, temperature=temperature, logit_budget=logit_budget)
         # Made here, so that an unsupported layer is named before anything is sampled.
         self._tape = _tape_of(policy.model, score_norms) if algorithm.needs_score_norms else None
 
@@ -83,7 +92,7 @@ class Accumulator:
     def _at_once(self, members: list[int], batch: Minibatch) -> Contribution:
         rows = self._pack(members, batch)
         if self._tape is None:
-            log_probs = sampled_log_probs(self._model, rows)
+            log_probs = self._log_probs(rows)
             evidence = evidence_of([Measured(members, rows, log_probs.detach())], batch)
             update = self._update(evidence, members)
             loss = -(
@@ -92,11 +101,11 @@ class Accumulator:
             loss.backward()
             return Contribution(update, evidence, float(loss.detach()))
         with self._tape:
-            log_probs = sampled_log_probs(self._model, rows)
+            log_probs = self._log_probs(rows)
         normalisers = batch.normalisers[members].to(log_probs)
         objective = (normalisers[rows.action_owners] * log_probs).sum()
         with _naming(members):
-            record = self._tape.measure(objective, rows.segments, rows.count)
+            record = self._tape.measure(objective, rows.segments, rows.count, predicting(rows))
         evidence = evidence_of([Measured(members, rows, log_probs.detach(), record.squared_norms)], batch)
         update = self._update(evidence, members)
         record.backward(-_trajectory_coefficients(update, evidence))
@@ -126,7 +135,7 @@ class Accumulator:
         """The gradient of Σ nᵢ wᵢ log π(τᵢ) goes to the two sums; norms are of nᵢ ∇log π(τᵢ)."""
         rows = self._pack(members, batch)
         with self._tape or contextlib.nullcontext():
-            log_probs = sampled_log_probs(self._model, rows)
+            log_probs = self._log_probs(rows)
         measured = Measured(members, rows, log_probs.detach())
         evidence = evidence_of([measured], batch)
         with _naming(members):
@@ -140,7 +149,7 @@ class Accumulator:
             objective.backward()
             return measured
         with _naming(members):
-            found = self._tape.backward(objective, rows.segments, rows.count)
+            found = self._tape.backward(objective, rows.segments, rows.count, predicting(rows))
         norms = found.squared_norms / seeds.to(found.squared_norms).square()
         return Measured(members, rows, measured.log_probs, norms, found.relative_errors)
 
@@ -158,13 +167,13 @@ class Accumulator:
         rows = self._pack(members, batch)
         if self._tape is None:
             with torch.no_grad():
-                return Measured(members, rows, sampled_log_probs(self._model, rows))
+                return Measured(members, rows, self._log_probs(rows))
         with self._tape:
-            log_probs = sampled_log_probs(self._model, rows)
+            log_probs = self._log_probs(rows)
         normalisers = batch.normalisers[members].to(log_probs)
         objective = (normalisers[rows.action_owners] * log_probs).sum()
         with _naming(members):
-            found = self._tape.norms(objective, rows.segments, rows.count)
+            found = self._tape.norms(objective, rows.segments, rows.count, predicting(rows))
         return Measured(members, rows, log_probs.detach(), found.squared_norms, found.relative_errors)
 
     def _again(self, parts: Sequence[Measured], update: Update, batch: Minibatch) -> None:
@@ -174,7 +183,7 @@ class Accumulator:
             end = begin + len(part.members)
             factors = _token_factors(update.coefficients[begin:end], part.rows, part.members, batch)
             begin = end
-            log_probs = sampled_log_probs(self._model, part.rows)
+            log_probs = self._log_probs(part.rows)
             (-(factors.to(log_probs) * log_probs).sum()).backward()
 
     def _pack(self, members: Sequence[int], batch: Minibatch) -> PackedRows:

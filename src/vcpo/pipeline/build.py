@@ -31,9 +31,10 @@ from vcpo.environments.registry import environment_class
 from vcpo.errors import ConfigError
 from vcpo.learner.learner import Learner
 from vcpo.learner.supervised import warm_start
+from vcpo.pipeline.engines import Speaker
 from vcpo.pipeline.rollout import RolloutLoop
 from vcpo.policy.loading import Policy, load_policy, small_policy
-from vcpo.samplers.local import LocalSampler
+from vcpo.samplers.protocol import Sampler
 from vcpo.trajectory import NOT_SAMPLED, Trajectory
 
 log = logging.getLogger(__name__)
@@ -85,17 +86,15 @@ def build_learner(config: Config, policy: Policy) -> Learner:
     return Learner(policy, algorithm_of(config), config.learner, config.algorithm.on_policy_ratio)
 
 
-def build_rollout_loop(config: Config, policy: Policy) -> tuple[RolloutLoop, LocalSampler]:
-    sampler = LocalSampler(policy.model, policy.context_length, config.sampler)
-    loop = RolloutLoop(
-        build_environment(config, policy.codec, policy.context_length),
+def build_rollout_loop(config: Config, speaker: Speaker, sampler: Sampler) -> RolloutLoop:
+    return RolloutLoop(
+        build_environment(config, speaker.codec, speaker.context_length),
         sampler,
         group_size=config.pipeline.group_size,
         seed=config.run.seed,
-        stop=policy.stop,
+        stop=speaker.stop,
         timeout_seconds=config.environment.timeout_seconds,
     )
-    return loop, sampler
 
 
 def _demonstrated(environment: DemonstratingEnvironment, seed: int) -> Iterator[Trajectory]:

@@ -60,6 +60,8 @@ class Publication:
     """Of the learner's tensors; a sampler that serves them answers the same."""
     source: Any
     """Where the weights are, in the runtime's terms."""
+    probe: Any = None
+    """What engines that are not ours must say of these weights, in the runtime's terms."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class LearnerPort(Protocol):
     """The learner, wherever it lives."""
 
     async def step(self, records: Sequence[bytes]) -> StepResult: ...
+
+    def send(self, publication: Publication) -> Awaitable[object]:
+        """Do the learner's part of a publication, if samplers wait for one."""
+        ...
 
     async def checkpoint(self, position: dict[str, Any]) -> None: ...
 
@@ -258,7 +264,8 @@ class Controller:
         """Send weights to every sampler, once all of them serve the weights sent before."""
         await self._publication_served()
         served = [(sampler.name, sampler.publish(publication)) for sampler in self.samplers]
-        self._published = asyncio.ensure_future(self._verify(publication, served))
+        sent = self.learner.send(publication)
+        self._published = asyncio.ensure_future(self._verify(publication, sent, served))
         self._published.add_done_callback(self._on_verified)
 
     def _on_verified(self, verification: asyncio.Future[None]) -> None:
@@ -272,8 +279,13 @@ class Controller:
             await self._published
             self._published = None
 
-    async def _verify(self, publication: Publication, served: Sequence[tuple[str, Awaitable[str]]]) -> None:
-        answers = await asyncio.gather(*(answer for _, answer in served))
+    async def _verify(
+        self,
+        publication: Publication,
+        sent: Awaitable[object],
+        served: Sequence[tuple[str, Awaitable[str]]],
+    ) -> None:
+        _, *answers = await asyncio.gather(sent, *(answer for _, answer in served))
         for (name, _), answer in zip(served, answers, strict=True):
             if answer != publication.checksum:
                 raise PublicationError(

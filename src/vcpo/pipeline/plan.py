@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from vcpo.config import Config
+from vcpo.errors import ModelError
 from vcpo.pipeline.build import algorithm_of, build_environment, small_alphabet
+from vcpo.pipeline.engines import check_engine
 from vcpo.pipeline.session import window_width
 from vcpo.pipeline.window import lag_bound
 
@@ -20,6 +21,8 @@ class ModelSize:
     """What memory estimates need to know of a model."""
 
     parameters: int
+    adapters: int
+    """Parameters of adapters, in float32, which alone are trained; 0: all are trained, without adapters."""
     layers: int
     key_value_width: int
     """Elements of keys plus values, of one token in one layer."""
@@ -29,17 +32,15 @@ class ModelSize:
 
 def plan_text(config: Config) -> str:
     """The resolved plan for people: processes, memory, tokens, bounds."""
-    size = _model_size(config)
+    check_engine(config)
+    size = _size_if_reachable(config)
     rows = [
         ("environment", config.environment.kind),
-        (
-            "model",
-            f"{config.model.name or 'small Llama'}, {size.parameters:,} parameters, {config.model.dtype}",
-        ),
+        ("model", _model(config, size)),
         ("algorithm", algorithm_of(config).describe().partition("\n")[0]),
         ("processes", _processes(config)),
-        *_memory(config, size),
-        *_amounts(config, size),
+        *(_memory(config, size) if size else ()),
+        *_amounts(config, size.context_length if size else config.model.context_length),
         (
             "run folder",
             str(config.run.folder / (config.run.name or "(named by environment, algorithm and time)")),
@@ -57,36 +58,53 @@ def _processes(config: Config) -> str:
     return f"controller, learner, {samplers} sampler{'s' if samplers > 1 else ''}, {threads}"
 
 
+def _model(config: Config, size: ModelSize | None) -> str:
+    if size is None:
+        return f"{config.model.name}, not on this machine and out of its reach now: memory is not estimated"
+    text = f"{config.model.name or 'small Llama'}, {size.parameters:,} parameters, {config.model.dtype}"
+    if size.adapters:
+        text += f"; trained: {size.adapters:,} of adapters of rank {config.lora.rank}, float32"
+    return text
+
+
 def _memory(config: Config, size: ModelSize) -> list[tuple[str, str]]:
     """Estimates: weights, gradients and two moments for the learner; weights and cache for a sampler."""
     width = _BYTES[config.model.dtype]
-    weights = size.parameters * width
-    optimizer = size.parameters * (8 if width == 4 else 12)  # two moments, and a master copy of few bits
+    weights = size.parameters * width + size.adapters * 4
+    published = size.adapters * 4 or weights
+    # A gradient and two moments of what is trained, and a master copy where that is of few bits.
+    optimizer = published + (size.adapters or size.parameters) * (8 if size.adapters or width == 4 else 12)
     logits = _LOGITS * config.learner.token_budget * size.vocabulary
     # Keys and values per token of a full cache: every slot as long as the context, one padding column.
     cache = config.sampler.slots * (size.context_length + 1) * size.layers * size.key_value_width * width
     return [
         (
             "learner memory",
-            f"{_bytes(2 * weights + optimizer)} for weights, gradients and optimizer, plus activations of "
-            f"{config.learner.token_budget:,} tokens (logits alone about {_bytes(logits)})",
+            f"{_bytes(weights + optimizer)} for weights, gradients and optimizer, plus activations of "
+            f"{config.learner.token_budget:,} tokens{_kept(config)} (logits alone about {_bytes(logits)})",
         ),
         (
             "sampler memory",
             f"{_bytes(weights)} for weights, at most {_bytes(cache)} for {config.sampler.slots} slots",
         ),
+        ("publication", f"{_bytes(published)} a step{', the adapters alone' if size.adapters else ''}"),
     ]
 
 
-def _amounts(config: Config, size: ModelSize) -> list[tuple[str, str]]:
+def _kept(config: Config) -> str:
+    once = ", one layer's at a time (activation checkpointing)"
+    return once if config.model.activation_checkpointing else ""
+
+
+def _amounts(config: Config, context_length: int) -> list[tuple[str, str]]:
     pipeline = config.pipeline
     episodes = pipeline.prompts * pipeline.group_size
     bound = lag_bound(pipeline.lag, window_width(config), pipeline.prompts)
     return [
         ("a step", f"{pipeline.prompts} prompts × {pipeline.group_size} rollouts = {episodes} episodes, "
-                   f"at most {episodes * size.context_length:,} tokens"),
+                   f"at most {episodes * context_length:,} tokens"),
         ("the run", f"{pipeline.steps} steps, {pipeline.steps * episodes:,} episodes, "
-                    f"at most {pipeline.steps * episodes * size.context_length:,} tokens"),
+                    f"at most {pipeline.steps * episodes * context_length:,} tokens"),
         ("policy lag", f"target {pipeline.lag}, never above {bound}; at most "
                        f"{(pipeline.lag + 1) * pipeline.prompts} groups active"),
         ("evaluation", f"{config.evaluation.final_problems} held-out problems before and after, "
@@ -95,12 +113,21 @@ def _amounts(config: Config, size: ModelSize) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _model_size(config: Config) -> ModelSize:
-    """Built on torch's meta device: shapes without storage."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def _size_if_reachable(config: Config) -> ModelSize | None:
+    """None for a hub id whose config cannot be read here: a plan needs no network."""
+    from vcpo.policy.loading import is_hub_id
 
-    from vcpo.policy.loading import load_architecture, small_architecture
+    try:
+        return _model_size(config)
+    except ModelError as error:
+        if is_hub_id(config.model.name) and isinstance(error.__cause__, OSError):
+            return None
+        raise
+
+
+def _model_size(config: Config) -> ModelSize:
+    from vcpo.policy.loading import load_architecture, shapes_alone, small_architecture, supported_context
+    from vcpo.policy.lora import adapter_size, import_peft, target_modules
     from vcpo.policy.tokens import TokenizerCodec, character_tokenizer
 
     if config.model.name:
@@ -108,17 +135,19 @@ def _model_size(config: Config) -> ModelSize:
     else:
         tokenizer = character_tokenizer(small_alphabet(config))
         architecture = small_architecture(config.model, tokenizer)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(architecture)
+    if config.lora.rank:
+        import_peft(config.lora)
+    model = shapes_alone(architecture, config.model)
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    supported = getattr(text, "max_position_embeddings", None) or config.model.context_length
+    targets = target_modules(model, config.lora, config.model.name or "the small model")
     size = ModelSize(
         parameters=sum(p.numel() for p in model.parameters()),
+        adapters=adapter_size(targets, config.lora),
         layers=text.num_hidden_layers,
         key_value_width=2 * heads * head_size,
-        context_length=min(config.model.context_length, supported),
+        context_length=supported_context(text, config.model),
         vocabulary=text.vocab_size,
     )
     # The environment reads its data here, so a plan that is printed is one whose data can be used.

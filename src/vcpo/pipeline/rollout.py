@@ -30,6 +30,7 @@ from vcpo.environments.protocol import Environment, Episode, FiniteEnvironment, 
 from vcpo.errors import EnvironmentFailure
 from vcpo.samplers.protocol import Sampler
 from vcpo.samplers.random import derive_seed
+from vcpo.samplers.tasks import gather_all
 from vcpo.trajectory import Group, Trajectory
 
 log = logging.getLogger(__name__)
@@ -243,18 +244,6 @@ def _failed(note: str) -> Trajectory:
         outcome="failed",
         note=note,
     )
-
-
-async def gather_all(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """Run all at once; the first error cancels the rest and is raised as itself."""
-    tasks = [asyncio.ensure_future(c) for c in coroutines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 class _Guarded:

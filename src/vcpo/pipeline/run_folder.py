@@ -107,6 +107,10 @@ def _refuse_another_run(before: Config, now: Config) -> None:
         raise ConfigError(
             "--resume goes on with the run's own model: leave the [model] settings as they were"
         )
+    if before.lora != now.lora:
+        raise ConfigError(
+            "--resume goes on with the run's own adapters: leave the [lora] settings as they were"
+        )
     for section, field in (("run", "seed"), ("environment", "kind"), ("pipeline", "group_size")):
         was, wanted = (getattr(getattr(config, section), field) for config in (before, now))
         if was != wanted:

@@ -6,7 +6,6 @@ never unpacks a token.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,15 @@ from vcpo.pipeline.build import (
     build_rollout_loop,
 )
 from vcpo.pipeline.controller import Begun
-from vcpo.pipeline.rollout import GroupOrder, RolloutLoop, gather_all
+from vcpo.pipeline.engines import ENGINES, Share
+from vcpo.pipeline.rollout import GroupOrder, RolloutLoop
 from vcpo.policy.loading import Policy, load_policy
-from vcpo.samplers.local import LocalSampler
+from vcpo.policy.lora import merged, with_adapters
+from vcpo.policy.probe import make_probe
+from vcpo.samplers.protocol import Sampler
+from vcpo.samplers.tasks import gather_all
 from vcpo.trajectory import Group
-from vcpo.weights import checksum, weight_tensors
+from vcpo.weights import Probe, Weights, checksum, weight_tensors, write_adapter
 
 
 class LearnerService:
@@ -49,6 +52,7 @@ class LearnerService:
             self._policy = build_policy(self._config, listener)
             if not self._config.model.name:
                 self._save_whole(initial)
+        self._policy = with_adapters(self._policy, self._config.lora, self._config.run.seed)
         self._learner = build_learner(self._config, self._policy)
         checkpoint = latest_checkpoint(self._run_folder) if resume else None
         state = load_checkpoint(checkpoint, self._learner) if checkpoint else {}
@@ -64,36 +68,48 @@ class LearnerService:
     def step(self, records: Sequence[bytes]) -> dict[str, Any]:
         return self._learner.step([Group.from_bytes(record) for record in records])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The current weights: live, not copied."""
+        return weight_tensors(self._policy.model)
+
     def weights(self) -> tuple[int, dict[str, Tensor], str]:
         """Version, tensors (live, not copied) and checksum of the current weights."""
-        tensors = weight_tensors(self._policy.model)
+        tensors = self.tensors()
         return self._learner.version, tensors, checksum(tensors)
+
+    def probe(self) -> Probe | None:
+        """What samplers that serve these weights must say; None if they prove it by a checksum."""
+        return None if self._config.sampler.kind == "local" else make_probe(self._policy)
 
     def checkpoint(self, position: dict[str, Any]) -> None:
         save_checkpoint(self._run_folder, self._learner, {"position": position})
 
     def export(self, folder: Path) -> None:
-        """Write the model in Hugging Face format."""
-        self._policy.save(folder)
+        """Write the model in Hugging Face format, adapters merged, and ``adapter`` beside it as PEFT does."""
+        merged(self._policy).save(folder)
+        if self._config.lora.rank:
+            source = self._config.model.name or str(self._run_folder / "initial_model")
+            tensors = weight_tensors(self._policy.model)
+            write_adapter(folder.with_name("adapter"), self._config.lora, tensors, source)
 
 
 class RolloutService:
     """Owns a sampler with a replica of the policy, and the environment that plays with it."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, share: Share | None = None) -> None:
+        self._config, self._share = config, share or Share()
         self._loop: RolloutLoop
-        self._sampler: LocalSampler
+        self._sampler: Sampler
 
     def begin(self, policy: str | Policy) -> None:
         """Load the policy from where the learner says, or take a copy of one in this process."""
-        if isinstance(policy, Policy):
-            replica = Policy(
-                copy.deepcopy(policy.model), policy.tokenizer, policy.context_length, policy.name
-            )
-        else:
-            replica = load_policy(policy, self._config.model)
-        self._loop, self._sampler = build_rollout_loop(self._config, replica)
+        engine = ENGINES[self._config.sampler.kind]
+        speaker, self._sampler = engine(self._config, policy, self._share)
+        self._loop = build_rollout_loop(self._config, speaker, self._sampler)
+
+    async def ready(self) -> None:
+        """Return when the engine can generate."""
+        await self._sampler.ready()
 
     @property
     def busy_seconds(self) -> float:
@@ -109,8 +125,20 @@ class RolloutService:
 
         await gather_all(play_one(order) for order in orders)
 
-    async def publish(self, version: int, weights: dict[str, Tensor]) -> str:
-        return await self._sampler.update(version, weights)
+    async def ranks(self) -> int:
+        """How many ranks of a broadcast the engine's workers take."""
+        return sum(await self._broadcast_engine.ranks())
+
+    async def meet(self, address: str, port: int, offset: int, world_size: int) -> None:
+        """Join the learner's broadcast."""
+        await self._broadcast_engine.meet(address, port, offset, world_size)
+
+    @property
+    def _broadcast_engine(self) -> Any:
+        return self._sampler  # only vLLM's is asked: see vcpo.pipeline.engines.check
+
+    async def publish(self, version: int, weights: Weights, probe: Probe | None = None) -> str:
+        return await self._sampler.update(version, weights, probe)
 
     async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
         """Rewards on held-out problems ``first`` … ``first + count - 1``."""

@@ -29,6 +29,13 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     )
 
 
+def stop_tokens(codec: TokenizerCodec, generation: object) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and those of a generation config (None: there is none)."""
+    configured = getattr(generation, "eos_token_id", None)
+    more = configured if isinstance(configured, list) else [configured]
+    return frozenset([codec.end_id, *(t for t in more if t is not None)])
+
+
 class TokenizerCodec:
     """The codec that environments see (:class:`vcpo.environments.protocol.Codec`)."""
 
@@ -37,7 +44,7 @@ class TokenizerCodec:
             raise ModelError(
                 f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its config"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self._name = tokenizer, name
         self.end_id: int = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
 
     def encode(self, text: str) -> list[int]:
@@ -47,8 +54,22 @@ class TokenizerCodec:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def encode_prompt(self, text: str) -> list[int]:
+        """``text`` as one message of the user, by the chat template, up to where the answer begins; without
+        a template the text itself, after what the tokenizer puts first (often a token for the beginning).
+
+        Raises ModelError if the template cannot render such a conversation.
+        """
         if not self.tokenizer.chat_template:
             return self.tokenizer.encode(text)
         messages = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program, of whoever made the model
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ModelError(
+                f"the chat template of {self._name} cannot render a single user message: {what}; change "
+                "chat_template in its tokenizer folder, or remove it to show prompts as they are"
+            ) from error
         return self.encode(str(rendered))

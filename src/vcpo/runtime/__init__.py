@@ -19,8 +19,10 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
 
     ``resume`` is the folder of a run to go on with. If the run was interrupted, ``completed`` is false.
     """
+    from vcpo.pipeline.engines import check_engine
     from vcpo.pipeline.run_folder import RunFolder
 
+    check_engine(config)
     run = RunFolder.create(config) if resume is None else RunFolder.reopen(resume, config)
     progress = progress or SilentProgress()
     if config.pipeline.mode == "exact":

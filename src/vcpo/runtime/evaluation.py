@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vcpo.config import Config, default_recipe, load_config
+from vcpo.config import Config, LoraConfig, default_recipe, load_config
 from vcpo.errors import CheckpointError
 from vcpo.learner.checkpoint import latest_checkpoint, read_state
 from vcpo.monitor.progress import Progress
@@ -51,6 +51,7 @@ def evaluate_path(
     config = load_config(path / "config.toml", [*overrides, *extra])
     if (path / "model" / "config.json").exists():
         policy, checkpoint = str(path / "model"), None
+        config = config.model_copy(update={"lora": LoraConfig()})  # merged into the final model
     else:
         policy, checkpoint = config.model.name or str(path / "initial_model"), latest_checkpoint(path)
         if checkpoint is None:

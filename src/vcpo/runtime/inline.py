@@ -19,6 +19,7 @@ import torch
 from vcpo.config import Config
 from vcpo.monitor.progress import Progress
 from vcpo.pipeline.controller import Arrivals, Controller, Publication, StepResult
+from vcpo.pipeline.engines import Share
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.services import LearnerService, RolloutService
@@ -42,7 +43,10 @@ class InlineLearner:
         frozen = {
             name: tensor.clone() for name, tensor in weights.items()
         }  # the next step changes the learner's
-        return Publication(version, checksum, frozen)
+        return Publication(version, checksum, frozen, self._service.probe())
+
+    def send(self, publication: Publication) -> Awaitable[object]:
+        return asyncio.sleep(0)  # samplers are given the tensors themselves
 
     async def checkpoint(self, position: dict[str, Any]) -> None:
         self._service.checkpoint(position)
@@ -66,7 +70,7 @@ class InlineSampler:
 
     def publish(self, publication: Publication) -> Awaitable[str]:
         self._publication = asyncio.ensure_future(
-            self._service.publish(publication.version, publication.source)
+            self._service.publish(publication.version, publication.source, publication.probe)
         )
         return self._publication
 
@@ -86,7 +90,8 @@ def train_inline(config: Config, run: RunFolder, progress: Progress, *, resume: 
     begun_at = time.perf_counter()
     torch.set_num_threads(config.runtime.threads)
     hide_loading_bars()
-    learner_service, rollout_service = LearnerService(config, run.path), RolloutService(config)
+    learner_service = LearnerService(config, run.path)
+    rollout_service = RolloutService(config, Share(logs=run.logs))
     progress.phase("loading", None)
     begun = learner_service.begin(resume=resume, listener=WarmStartPhase(progress, config.warm_start.steps))
     rollout_service.begin(begun.policy)

@@ -154,6 +154,11 @@ class LocalLearner:
         header, _ = await self._worker.request("step", body, lengths=lengths)
         return StepResult(_metrics(header["metrics"]), Publication(**header["publication"]))
 
+    def send(self, publication: Publication) -> Awaitable[object]:
+        if isinstance(publication.source, str):  # a file, which is there already
+            return asyncio.sleep(0)
+        return self._worker.request("broadcast")
+
     async def checkpoint(self, position: dict[str, Any]) -> None:
         await self._worker.request("checkpoint", position=position)
 
@@ -178,7 +183,12 @@ class LocalSampler:
         return self._busy
 
     def publish(self, publication: Publication) -> Awaitable[str]:
-        request = self._worker.request("publish", version=publication.version, source=publication.source)
+        request = self._worker.request(
+            "publish",
+            version=publication.version,
+            source=publication.source,
+            probe=publication.probe,
+        )
         return asyncio.ensure_future(self._checksum(request))
 
     async def _checksum(self, request: Awaitable[Frame]) -> str:
@@ -246,8 +256,14 @@ class _Run:
             "begin", config=description, run_folder=str(self._run.path), resume=self._resume
         )
         begun, initial = Begun(**header["begun"]), Publication(**header["publication"])
-        self._transfer = Path(initial.source).parent
-        await asyncio.gather(*(s.request("begin", config=description, policy=begun.policy) for s in samplers))
+        if isinstance(initial.source, str):
+            self._transfer = Path(initial.source).parent
+        common = {"config": description, "policy": begun.policy, "logs": str(self._run.logs)}
+        await asyncio.gather(
+            *(s.request("begin", share=(i, len(samplers)), **common) for i, s in enumerate(samplers))
+        )
+        if not isinstance(initial.source, str):
+            await _meet(learner, samplers)
         arrivals: Arrivals = asyncio.Queue()
         parts = Parts(
             learner=LocalLearner(learner),
@@ -261,6 +277,20 @@ class _Run:
 
     def _on_controller(self, controller: Controller) -> None:
         self._controller = controller
+
+
+async def _meet(learner: WorkerProcess, samplers: Sequence[WorkerProcess]) -> None:
+    """Bring learner (rank 0) and all workers of all engines into one group for broadcasts."""
+    from vcpo.samplers.vllm.process import free_port
+
+    answers = await asyncio.gather(*(sampler.request("ranks") for sampler in samplers))
+    counts = [header["ranks"] for header, _ in answers]
+    place = {"address": "127.0.0.1", "port": free_port(), "world_size": 1 + sum(counts)}
+    offsets = itertools.accumulate(counts, initial=1)
+    await asyncio.gather(
+        learner.request("meet", **place),
+        *(s.request("meet", offset=o, **place) for s, o in zip(samplers, offsets, strict=False)),
+    )
 
 
 async def _unless(watchers: Sequence[Coroutine[Any, Any, None]], work: asyncio.Task[Any]) -> Any:

@@ -15,25 +15,24 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vcpo.config import Config
 from vcpo.errors import VcpoError
 from vcpo.runtime.channel import BlockingChannel, Channel, ChannelClosed, split_records
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Reply = dict[str, Any]
 
 PARENT_GONE_SECONDS = 3.0
 """Time to end in order when the parent has died."""
-
-TRANSFER_PREFIX = "vcpo-weights-"
-"""Of the folder for weights; the learner's process id follows."""
 
 
 def error_reply(error: BaseException) -> Reply:
@@ -55,6 +54,8 @@ def configure(header: dict[str, Any]) -> Config:
 
 class LearnerProcess:
     """Answers for the learner, one request at a time."""
+
+    _config: Config
 
     def __init__(self, channel: BlockingChannel) -> None:
         self._channel = channel
@@ -82,7 +83,8 @@ class LearnerProcess:
     def do_begin(self, header: dict[str, Any], body: bytes) -> Reply:
         from vcpo.pipeline.services import LearnerService
 
-        self._service = LearnerService(configure(header), Path(header["run_folder"]))
+        self._config = configure(header)
+        self._service = LearnerService(self._config, Path(header["run_folder"]))
         begun = self._service.begin(resume=header["resume"], listener=self._on_warm_start)
         return {"begun": vars(begun), "publication": self._publication()}
 
@@ -107,27 +109,51 @@ class LearnerProcess:
         When version v is written, every sampler serves v - 2 already: the controller waits for v - 1 to be
         served before it sends v. So older files can go.
         """
+        version, weights, checksum = self._service.weights()
+        probe = self._service.probe()
+        return {
+            "version": version,
+            "checksum": checksum,
+            "source": self._announced(weights) if self._broadcasts else str(self._file(version, weights)),
+            "probe": None if probe is None else vars(probe),
+        }
+
+    @property
+    def _broadcasts(self) -> bool:
+        return self._config.sampler.transfer == "collective"
+
+    def _announced(self, weights: Mapping[str, Tensor]) -> list[tuple[str, str, list[int]]]:
+        """What will be broadcast: name, number type, shape."""
+        return [
+            (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+            for name, tensor in sorted(weights.items())
+        ]
+
+    def do_meet(self, header: dict[str, Any], body: bytes) -> Reply:
+        """Wait for all engines to join."""
+        from vcpo.samplers.vllm.inside.vcpo_rendezvous import WeightGroup
+
+        device, timeout = self._config.model.device, self._config.runtime.timeout_seconds
+        kind = device.partition(":")[0]
+        self._group = WeightGroup(header["address"], header["port"], 0, header["world_size"], kind, timeout)
+        return {}
+
+    def do_broadcast(self, header: dict[str, Any], body: bytes) -> Reply:
+        for _, tensor in sorted(self._service.tensors().items()):
+            self._group.broadcast(tensor.contiguous())
+        return {}
+
+    def _file(self, version: int, weights: Mapping[str, Tensor]) -> Path:
+        from vcpo.samplers.shared_memory import transfer_folder
         from vcpo.weights import write_weights
 
-        version, weights, checksum = self._service.weights()
         if self._transfer is None:
-            self._transfer = transfer_folder(3 * sum(t.nbytes for t in weights.values()))
+            size = 3 * sum(t.nbytes for t in weights.values())
+            self._transfer = transfer_folder(size, self._config.runtime.weights_folder)
         path = self._transfer / f"version-{version}.safetensors"
         write_weights(path, weights)
         (self._transfer / f"version-{version - 2}.safetensors").unlink(missing_ok=True)
-        return {"version": version, "checksum": checksum, "source": str(path)}
-
-
-def transfer_folder(size: int) -> Path:
-    """A folder for weights on their way: in shared memory if ``size`` bytes fit there, else on disk. Folders
-    of learners that were killed together with their controller are removed: nobody else does."""
-    shared = Path("/dev/shm")
-    for left in shared.glob(f"{TRANSFER_PREFIX}*"):
-        pid = left.name.removeprefix(TRANSFER_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(left, ignore_errors=True)
-    fits = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > size
-    return Path(tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=shared if fits else None))
+        return path
 
 
 class SamplerProcess:
@@ -174,17 +200,29 @@ class SamplerProcess:
         return service.busy_seconds if service else 0.0
 
     async def do_begin(self, header: dict[str, Any]) -> Reply:
+        from vcpo.pipeline.engines import Share
         from vcpo.pipeline.services import RolloutService
 
-        self._service = RolloutService(configure(header))
+        share = Share(*header["share"], logs=Path(header["logs"]))
+        self._service = RolloutService(configure(header), share)
         self._service.begin(header["policy"])
+        await self._service.ready()
         return {}
 
     async def do_publish(self, header: dict[str, Any]) -> Reply:
-        from vcpo.weights import read_weights
+        from vcpo.weights import Probe, WeightFile, announced_weights
 
-        weights = read_weights(Path(header["source"]))
-        return {"checksum": await self._service.publish(header["version"], weights)}
+        probe = None if header["probe"] is None else Probe(**header["probe"])
+        source = header["source"]
+        weights = WeightFile(Path(source)) if isinstance(source, str) else announced_weights(source)
+        return {"checksum": await self._service.publish(header["version"], weights, probe)}
+
+    async def do_ranks(self, header: dict[str, Any]) -> Reply:
+        return {"ranks": await self._service.ranks()}
+
+    async def do_meet(self, header: dict[str, Any]) -> Reply:
+        await self._service.meet(header["address"], header["port"], header["offset"], header["world_size"])
+        return {}
 
     def do_order(self, header: dict[str, Any]) -> None:
         """Begin to play; each finished group is an event, and an error ends the sampler's usefulness."""

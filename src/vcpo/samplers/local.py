@@ -39,7 +39,6 @@ from transformers.modeling_utils import PreTrainedModel
 
 from vcpo.config import SamplerConfig
 from vcpo.errors import (
-    ContextOverflowError,
     EnvironmentFailure,
     ModelError,
     NonFiniteError,
@@ -47,9 +46,9 @@ from vcpo.errors import (
     WorkerError,
 )
 from vcpo.samplers.cache import SlotCache
-from vcpo.samplers.protocol import Completion
+from vcpo.samplers.protocol import Completion, check_request
 from vcpo.samplers.random import uniforms
-from vcpo.weights import Weights, checksum, load_weights, weight_tensors
+from vcpo.weights import Probe, Weights, checksum, load_weights, weight_tensors
 
 SHARED_PREFILL = 4
 """Shortest feed for which looking for equal prompts pays."""
@@ -136,7 +135,7 @@ class LocalSampler:
         greedy: bool = False,
         session: int | None = None,
     ) -> Completion:
-        self._check_request(tokens, max_tokens)
+        check_request(tokens, max_tokens, self._context_length, self._vocabulary)
         known = self._sessions.get(session) if session is not None else None
         owner = known or _Session()
         if session is not None:
@@ -166,27 +165,13 @@ class LocalSampler:
             elif owner.slot is not None:
                 self._idle[owner] = None
 
-    def _check_request(self, tokens: Sequence[int], max_tokens: int) -> None:
-        """A request that cannot be answered must not reach the engine, where it would fail everybody's."""
-        if not tokens:
-            raise EnvironmentFailure("cannot continue an empty sequence: show the model a prompt first")
-        if max_tokens < 1:
-            raise EnvironmentFailure(f"max_tokens is {max_tokens}: ask for at least one token")
-        if len(tokens) + max_tokens > self._context_length:
-            raise ContextOverflowError(
-                f"{len(tokens)} + {max_tokens} tokens do not fit in the context of {self._context_length}"
-            )
-        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
-            wrong = next(t for t in tokens if not 0 <= t < self._vocabulary)
-            raise EnvironmentFailure(f"token {wrong} is not in the model's vocabulary of {self._vocabulary}")
-
     def release(self, session: int) -> None:
         owner = self._sessions.pop(session, None)
         if owner is not None and owner.request is None:
             self._give_back(owner)
         self._check_drained()
 
-    async def update(self, version: int, weights: Weights) -> str:
+    async def update(self, version: int, weights: Weights, probe: Probe | None = None) -> str:
         if self._config.update == "drain":
             await self._drain()
         load_weights(self._model, weights)
@@ -205,6 +190,9 @@ class LocalSampler:
         finally:  # given up: new sessions must not wait for ever
             self._draining = False
             self._wake.set()
+
+    async def ready(self) -> None:
+        """At once: the model is here."""
 
     async def close(self) -> None:
         """Stop decoding; calls still waiting are cancelled."""
@@ -422,18 +410,22 @@ def _attention_masks(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tenso
     window: int = getattr(config, "sliding_window", None) or 0
     _check_decodable(model, kinds)
 
+    def full(visible: Tensor, positions: Tensor) -> Tensor:
+        if model.config._attn_implementation == "sdpa":
+            return visible
+        hidden = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)  # eager adds its mask
+        return hidden.masked_fill_(~visible, torch.finfo(model.dtype).min)
+
     def sliding(visible: Tensor, positions: Tensor) -> Tensor:
         columns = torch.arange(visible.shape[-1], device=visible.device)
-        return visible & (columns - 1 > positions[:, None, :, None] - window)
+        return full(visible & (columns - 1 > positions[:, None, :, None] - window), positions)
 
     if kinds == {"full_attention", "sliding_attention"}:
         return lambda visible, positions: {
-            "full_attention": visible,
+            "full_attention": full(visible, positions),
             "sliding_attention": sliding(visible, positions),
         }
-    if window and "full_attention" not in kinds:
-        return sliding
-    return lambda visible, positions: visible
+    return sliding if window and "full_attention" not in kinds else full
 
 
 def _check_decodable(model: PreTrainedModel, layer_kinds: set[str]) -> None:
@@ -444,7 +436,7 @@ def _check_decodable(model: PreTrainedModel, layer_kinds: set[str]) -> None:
         problem = f"it has {', '.join(unsupported) or 'recurrent state'}, not plain attention"
     elif "position_ids" not in inspect.signature(model.forward).parameters:
         problem = "it takes no position_ids"
-    elif attention != "sdpa":
+    elif attention not in ("sdpa", "eager"):
         problem = f"its attention is {attention}: load it with attn_implementation='sdpa'"
     else:
         return

@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from vcpo.errors import ContextOverflowError, EnvironmentFailure
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vcpo.weights import Probe
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,38 @@ class Sampler(Protocol):
         """Forget a session; unknown sessions are ignored."""
         ...
 
-    async def update(self, version: int, weights: Mapping[str, Tensor]) -> str:
-        """Serve ``weights`` as ``version`` from now on; the answer is the checksum of what is served."""
+    async def update(self, version: int, weights: Mapping[str, Tensor], probe: Probe | None = None) -> str:
+        """Serve ``weights`` as ``version`` from now on; the answer is the checksum of what is served.
+
+        ``probe`` says what the learner thinks of a few sequences, for engines that must be asked.
+        """
         ...
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time spent generating since the beginning."""
+        ...
+
+    async def ready(self) -> None:
+        """Return when the engine can generate."""
+        ...
+
+    async def close(self) -> None:
+        """Stop; calls still waiting are cancelled."""
+        ...
+
+
+def check_request(tokens: Sequence[int], max_tokens: int, context_length: int, vocabulary: int) -> None:
+    """Raise EnvironmentFailure for a request that cannot be answered: it must not reach the engine, where it
+    would fail everybody's."""
+    if not tokens:
+        raise EnvironmentFailure("cannot continue an empty sequence: show the model a prompt first")
+    if max_tokens < 1:
+        raise EnvironmentFailure(f"max_tokens is {max_tokens}: ask for at least one token")
+    if len(tokens) + max_tokens > context_length:
+        raise ContextOverflowError(
+            f"{len(tokens)} + {max_tokens} tokens do not fit in the context of {context_length}"
+        )
+    if min(tokens) < 0 or max(tokens) >= vocabulary:
+        wrong = next(t for t in tokens if not 0 <= t < vocabulary)
+        raise EnvironmentFailure(f"token {wrong} is not in the model's vocabulary of {vocabulary}")

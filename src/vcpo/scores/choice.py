@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from vcpo.errors import VcpoError
 from vcpo.scores.factors import Lookup, Outer
 
@@ -42,6 +44,8 @@ class Choice:
 
     def forms(self, tokens: float, use: Outer | Lookup) -> bool:
         """Whether gradients of trajectories of ``tokens`` positions are formed and kept."""
+        if isinstance(use, Outer) and not isinstance(use.rows, Tensor):
+            return False  # rows that are made when they are read are no record to save on
         p, d = use.height, use.columns.shape[-1]
         return tokens * (d + p) >= self.formed_from * d * p
 

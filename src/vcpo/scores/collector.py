@@ -7,14 +7,23 @@ another input arrives. A parameter with several uses (a tied head and table) wai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vcpo.scores.choice import Choice
-from vcpo.scores.factors import Factor, Lookup, Outer, Vector, matrix_norms, memory_of, shared_norms
+from vcpo.scores.factors import (
+    Factor,
+    Lookup,
+    Outer,
+    Vector,
+    layout_of,
+    matrix_norms,
+    memory_of,
+    shared_norms,
+)
 from vcpo.scores.layout import Layout, precise
 from vcpo.scores.record import Factored, Formed, Kept
 from vcpo.scores.sketch import Signs, project_rows, sketched_norms
@@ -41,7 +50,7 @@ class Collector:
         self._sums: dict[Tensor, Tensor] = {}
         self._waiting: dict[Tensor, list[Outer | Lookup]] = {}
         # Matrices with the same columns: those to be measured exactly, and the projected rows of the others.
-        self._shared: Tensor | None = None
+        self._shared: Outer | None = None
         self._neighbours: list[Outer] = []
         self._projected: Tensor | None = None
         self._norms: list[Tensor] = []
@@ -55,7 +64,7 @@ class Collector:
         """Take the gradient of one use of a parameter."""
         self.arrived[parameter] += 1
         if isinstance(factor, Vector):
-            sums = self._layout.sums(factor.values)
+            sums = _sums(factor, layout_of(factor, self._layout))
             self._sums[parameter] = self._sums[parameter] + sums if parameter in self._sums else sums
             return
         self._waiting.setdefault(parameter, []).append(factor)
@@ -75,27 +84,28 @@ class Collector:
 
     def _matrix(self, parameter: Tensor, uses: list[Outer | Lookup]) -> None:
         """Measure a parameter all of whose uses are here."""
-        tokens, use = self._layout.mean_length, uses[0]
+        use = uses[0]
+        tokens = max(layout_of(use, self._layout).mean_length for use in uses)
         if len(uses) == 1 and isinstance(use, Lookup):
             self._found(parameter, "ghost", matrix_norms(uses, self._layout), Factored(uses))
         elif self._keep and len(uses) == 1 and isinstance(use, Outer) and self._choice.forms(tokens, use):
-            formed, norms = _form(use, self._layout)
+            formed, norms = _form(use, layout_of(use, self._layout))
             self._found(parameter, "formed", norms, Formed(formed))
         elif len(uses) == 1 and isinstance(use, Outer):
             self._add_neighbour(parameter, use)
         elif self._choice.sketches(tokens, use):
             rows = [project_rows(use, self._signs, self._names[parameter]) for use in uses]
-            self._estimated([(r, use.columns) for r, use in zip(rows, uses, strict=True)])
+            self._estimated(rows, uses)
             self._found(parameter, "sketch", None, Factored(uses))
         else:
             self._found(parameter, "ghost", matrix_norms(uses, self._layout), Factored(uses))
 
     def _add_neighbour(self, parameter: Tensor, use: Outer) -> None:
         """Take a matrix to be measured together with those that have the same columns."""
-        if self._shared is not None and memory_of(use.columns) != memory_of(self._shared):
+        if self._shared is not None and memory_of(use.columns) != memory_of(self._shared.columns):
             self._measure_neighbours()
-        self._shared = use.columns
-        sketch = self._choice.sketches(self._layout.mean_length, use)
+        self._shared = use
+        sketch = self._choice.sketches(layout_of(use, self._layout).mean_length, use)
         if sketch:
             rows = project_rows(use, self._signs, self._names[parameter])
             self._projected = rows if self._projected is None else self._projected + rows
@@ -107,11 +117,12 @@ class Collector:
         if self._neighbours:
             self._norms.append(shared_norms(self._neighbours, self._layout))
         if self._projected is not None and self._shared is not None:
-            self._estimated([(self._projected, self._shared)])
+            self._estimated([self._projected], [self._shared])
         self._neighbours, self._projected, self._shared = [], None, None
 
-    def _estimated(self, uses: list[tuple[Tensor, Tensor]]) -> None:
-        estimate = sketched_norms(uses, self._layout)
+    def _estimated(self, rows: Sequence[Tensor], uses: Sequence[Outer | Lookup]) -> None:
+        projected = [(r, use.columns) for r, use in zip(rows, uses, strict=True)]
+        estimate = sketched_norms(projected, self._layout, [layout_of(use, self._layout) for use in uses])
         self._norms.append(estimate.squared_norms)
         self._variances.append(estimate.variances)
 
@@ -123,8 +134,15 @@ class Collector:
             self.kept[parameter] = kept
 
 
+def _sums(factor: Vector, layout: Layout) -> Float[Tensor, "N p"]:
+    if isinstance(factor.values, Tensor):
+        return layout.sums(factor.values)
+    return torch.cat([layout.sums(strip) for strip in factor.values.strips()], -1)
+
+
 def _form(use: Outer, layout: Layout) -> tuple[Float[Tensor, "N p d"], Float[Tensor, " N"]]:
     """Each trajectory's own gradient and its squared norm, taken while the product is still in the cache."""
+    assert isinstance(use.rows, Tensor)
     shape = (layout.count, use.rows.shape[-1], use.columns.shape[-1])
     formed = use.rows.new_empty(shape)
     norms = layout.zeros(use.rows)

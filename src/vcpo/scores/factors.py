@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vcpo.scores.layout import Block, Layout
+from vcpo.scores.head import LogitGradients
+from vcpo.scores.layout import Block, Layout, precise
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 class Outer:
     """Gradient [p, d] of a matrix: Σ_t rows_t ⊗ columns_t."""
 
-    rows: Float[Tensor, "P p"]
+    rows: Float[Tensor, "P p"] | LogitGradients
     columns: Float[Tensor, "P d"]
+    layout: Layout | None = None
+    """Of P positions that are a selection; None: they are those of the batch."""
 
     @property
     def height(self) -> int:
@@ -57,7 +60,9 @@ class Lookup:
 class Vector:
     """Gradient [p] of a vector: Σ_t values_t."""
 
-    values: Float[Tensor, "P p"]
+    values: Float[Tensor, "P p"] | LogitGradients
+    layout: Layout | None = None
+    """As of :class:`Outer`."""
 
 
 Factor = Outer | Lookup | Vector
@@ -68,12 +73,17 @@ def memory_of(values: Tensor) -> tuple[object, ...]:
     return values.data_ptr(), values.shape, values.stride(), values.dtype
 
 
+def layout_of(factor: Factor, layout: Layout) -> Layout:
+    """Where the trajectories' positions lie in a factor; ``layout`` is the batch's."""
+    return layout if isinstance(factor, Lookup) or factor.layout is None else factor.layout
+
+
 def shared_norms(outers: Sequence[Outer], layout: Layout) -> Float[Tensor, " N"]:
     """Σ over parameters of ‖∇‖², for each trajectory, where all have the same columns.
 
     Layers that read one input (query, key, value; gate, up) are one wide layer: its AAᵀ is found once.
     """
-    return _outer_norms([o.rows for o in outers], outers[0].columns, layout)
+    return _outer_norms([o.rows for o in outers], outers[0].columns, layout_of(outers[0], layout))
 
 
 def matrix_norms(uses: Sequence[Outer | Lookup], layout: Layout) -> Float[Tensor, " N"]:
@@ -91,12 +101,12 @@ def _matrix_norms(use: Outer | Lookup, layout: Layout) -> Tensor:
     return layout.zeros(sums).index_add_(0, owners, sums.square().sum(-1))
 
 
-def _outer_norms(rows: Sequence[Tensor], columns: Tensor, layout: Layout) -> Tensor:
+def _outer_norms(rows: Sequence[Tensor | LogitGradients], columns: Tensor, layout: Layout) -> Tensor:
     """‖Σ_t rows_t ⊗ columns_t‖², where ``rows`` lie side by side."""
     d, p = columns.shape[-1], sum(r.shape[-1] for r in rows)
     width = max(1, layout.budget // max(d, layout.longest))
-    slices = [part for r in rows for part in r.split(width, dim=-1)]
-    widest = max(s.shape[-1] for s in slices)
+    slices = [(r, slice(begin, begin + width)) for r in rows for begin in range(0, r.shape[-1], width)]
+    widest = min(width, max(r.shape[-1] for r in rows))
 
     def ghost(length: int) -> bool:
         return length * (d + p) < d * p
@@ -107,8 +117,15 @@ def _outer_norms(rows: Sequence[Tensor], columns: Tensor, layout: Layout) -> Ten
     norms = layout.zeros(columns)
     for block in layout.blocks(cost):
         form = _ghost_norms if ghost(block.index.shape[1]) else _formed_norms
-        norms[block.members] = form((block.gather(s) for s in slices), block.gather_padded(columns))
+        parts = (_gathered(block, r, part) for r, part in slices)
+        norms[block.members] = form(parts, block.gather_padded(columns))
     return norms
+
+
+def _gathered(block: Block, rows: Tensor | LogitGradients, part: slice) -> Float[Tensor, "n T w"]:
+    if isinstance(rows, Tensor):
+        return block.gather(rows[:, part])
+    return precise(rows.part(block.index.flatten(), part)).view(*block.index.shape, -1)
 
 
 def _ghost_norms(rows: Iterator[Tensor], columns: Float[Tensor, "n T d"]) -> Float[Tensor, " n"]:
@@ -127,22 +144,30 @@ def _inner_products(one: Outer | Lookup, other: Outer | Lookup, layout: Layout) 
     """⟨∇₁, ∇₂⟩ of two uses of one parameter, for each trajectory."""
     width = max(w for use in (one, other) for w in (use.columns.shape[-1], _row_width(use)))
     products = layout.zeros(one.columns)
+    of_one, of_other = layout_of(one, layout), layout_of(other, layout)
     for block in layout.blocks(lambda length: 2 * length * (width + length)):
-        columns = block.gather_padded(one.columns) @ block.gather_padded(other.columns).mT
-        products[block.members] = (columns * _row_kernel(one, other, block)).sum((1, 2))
+        mine, yours = (block if own is layout else own.block_of(block.members) for own in (of_one, of_other))
+        columns = mine.gather_padded(one.columns) @ yours.gather_padded(other.columns).mT
+        products[block.members] = (columns * _row_kernel(one, mine, other, yours)).sum((1, 2))
     return products
 
 
 def _row_width(use: Outer | Lookup) -> int:
-    return use.rows.shape[-1] if isinstance(use, Outer) else 1
+    return use.rows.shape[-1] if isinstance(use, Outer) and isinstance(use.rows, Tensor) else 1
 
 
-def _row_kernel(one: Outer | Lookup, other: Outer | Lookup, block: Block) -> Float[Tensor, "n T T"]:
+def _row_kernel(
+    one: Outer | Lookup, mine: Block, other: Outer | Lookup, yours: Block
+) -> Float[Tensor, "n S T"]:
     """rows_t · rows'_u; the row of a lookup is one-hot, so that its product is an element of the other."""
     if isinstance(one, Outer) and isinstance(other, Outer):
-        return block.gather(one.rows) @ block.gather(other.rows).mT
+        every = slice(None)
+        return _gathered(mine, one.rows, every) @ _gathered(yours, other.rows, every).mT
     if isinstance(one, Lookup) and isinstance(other, Lookup):
-        return one.tokens[block.index][:, :, None] == other.tokens[block.index][:, None, :]
+        return one.tokens[mine.index][:, :, None] == other.tokens[yours.index][:, None, :]
     if isinstance(one, Lookup) and isinstance(other, Outer):
-        return other.rows[block.index[:, None, :], one.tokens[block.index][:, :, None]]
-    return _row_kernel(other, one, block).mT
+        tokens = one.tokens[mine.index]
+        if isinstance(other.rows, LogitGradients):
+            return precise(other.rows.elements(yours.index, tokens)).mT
+        return other.rows[yours.index[:, None, :], tokens[:, :, None]]
+    return _row_kernel(other, yours, one, mine).mT

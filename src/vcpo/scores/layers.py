@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vcpo.errors import UnsupportedLayerError
 from vcpo.scores.factors import Factor, Lookup, Outer, Vector
+from vcpo.scores.head import LogitGradients, LogProbHead, Question
 from vcpo.scores.layout import precise
 
 Rule = Callable[[nn.Module, Tensor, Tensor, torch.Size], Mapping[str, Factor]]
@@ -51,10 +52,10 @@ def _forward_is(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _flat(values: Tensor, rows: torch.Size) -> Tensor:
-    """[R, T, d] as [P, d]."""
+    """[R, T, d] as [P, d]; so is a selection, [P, d]."""
     if values.shape[:-1] != rows:
         raise ValueError(f"{tuple(values.shape[:-1])} positions")
-    if rows[0] == rows[1] > 1 and 0 < values.stride(0) < values.stride(1):
+    if len(rows) == 2 and rows[0] == rows[1] > 1 and 0 < values.stride(0) < values.stride(1):
         raise ValueError("as many rows as positions, transposed (add a padding column)")
     return values.reshape(-1, values.shape[-1])
 
@@ -62,7 +63,7 @@ def _flat(values: Tensor, rows: torch.Size) -> Tensor:
 def _linear_kind(module: nn.Module) -> Rule | None:
     if not _owns_only(module, "weight", "bias"):
         return None
-    if _forward_is(module, nn.Linear):
+    if _forward_is(module, nn.Linear) or _forward_is(module, LogProbHead):
         return _linear
     return _conv1d if _forward_is(module, Conv1D) else None
 
@@ -70,6 +71,29 @@ def _linear_kind(module: nn.Module) -> Rule | None:
 def _linear(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
     a, e = _flat(a, rows).to(e.dtype), _flat(e, rows)  # what autocast multiplies
     return {"weight": Outer(rows=e, columns=a), "bias": Vector(e)}
+
+
+def asked_head(
+    question: Question, weight: Tensor, bias: Tensor | None, a: Tensor, e: Tensor, rows: torch.Size
+) -> Mapping[str, Factor]:
+    """Of a head that was asked for log-probabilities: A is [N, d], and E [N] the gradient of those.
+
+    The E of a linear layer, [N, V], is a matrix that is computed when it is read, from the weights.
+    """
+    a = _flat(a, rows).to(question.number_type)
+    assert question.log_normalisers is not None
+    logits = LogitGradients(
+        hidden=a,
+        weight=weight,
+        bias=bias,
+        weight_version=weight._version,
+        tokens=question.tokens,
+        log_normalisers=question.log_normalisers,
+        grads=e,
+        curve=question.curve,
+        budget=question.budget,
+    )
+    return {"weight": Outer(rows=logits, columns=a), "bias": Vector(logits)}
 
 
 def _conv1d(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:

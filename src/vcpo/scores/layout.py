@@ -77,8 +77,8 @@ class Layout:
     _blocks: dict[tuple[int, int], Block] = field(default_factory=dict)
 
     @staticmethod
-    def of(segments: Int[Tensor, "R T"], count: int, budget: int = BUDGET) -> Layout:
-        """Read the trajectory ids (-1: padding) of the packed rows."""
+    def of(segments: Int[Tensor, "*P"], count: int, budget: int = BUDGET) -> Layout:
+        """Read the trajectory ids (-1: padding) of packed rows, or of any list of positions."""
         owners = segments.flatten()
         lengths = torch.bincount(owners + 1, minlength=count + 1)
         if len(lengths) != count + 1:
@@ -125,20 +125,23 @@ class Layout:
             similar = bisect_left(self.sorted_lengths, -(longest // 2), lo=start, key=lambda n: -n)
             stop = min(start + max(1, self.budget // cost(longest)), max(similar, start + 1))
             if (start, stop) not in self._blocks:
-                self._blocks[start, stop] = self._block(start, stop)
+                self._blocks[start, stop] = self.block_of(self.by_length[start:stop])
             yield self._blocks[start, stop]
             start = stop
 
-    def _block(self, start: int, stop: int) -> Block:
-        members = self.by_length[start:stop]
-        longest, shortest = self.sorted_lengths[start], self.sorted_lengths[stop - 1]
-        place = torch.arange(longest, device=members.device)
-        within = place < self.lengths[members, None]
-        index = self.positions[self.offsets[members, None] + place * within]
+    def block_of(self, members: Int[Tensor, " n"]) -> Block:
+        """These trajectories. One that is empty is all padding, with the positions of another."""
+        lengths = self.lengths[members, None]
+        place = torch.arange(max(int(lengths.max()), 1), device=members.device)
+        within = place < lengths
+        index = self.positions[
+            (self.offsets[members, None] + place * within).clamp(max=len(self.positions) - 1)
+        ]
+        padding = (~within).flatten().nonzero()[:, 0]
         first = int(index[0, 0])
         run = torch.arange(first, first + index.numel(), device=index.device).view_as(index)
-        unbroken = longest == shortest and torch.equal(index, run)
-        return Block(members, index, (~within).flatten().nonzero()[:, 0], first if unbroken else None)
+        unbroken = not len(padding) and torch.equal(index, run)
+        return Block(members, index, padding, first if unbroken else None)
 
     @cached_property
     def spans(self) -> list[slice | Tensor]:

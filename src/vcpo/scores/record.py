@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vcpo.errors import NonFiniteError, VcpoError
 from vcpo.scores.factors import Lookup, Outer, memory_of
+from vcpo.scores.head import LogitGradients, add_product
 from vcpo.scores.layout import Layout, precise
 
 if TYPE_CHECKING:
@@ -26,11 +27,15 @@ class Weights:
         self._spread: Tensor | None = None
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def times(self, factor: Float[Tensor, "P w"]) -> Float[Tensor, "P w"]:
+    def times(self, factor: Float[Tensor, "P w"], selection: Layout | None = None) -> Float[Tensor, "P w"]:
         """Every position's row times its trajectory's coefficient, 0 on padding.
 
-        Layers that read one input come one after another: its product is made once.
+        Layers that read one input come one after another: its product is made once. ``selection``: where
+        the positions lie, if they are not those of the batch.
         """
+        if selection is not None:
+            weights = selection.spread(self.coefficients, len(factor))[:, None]
+            return (weights.to(precise(factor[:0]).dtype) * factor).to(factor.dtype)
         if self._last is None or memory_of(self._last[0]) != memory_of(factor):
             if self._spread is None:
                 self._spread = self._layout.spread(self.coefficients, len(factor))[:, None]
@@ -76,14 +81,16 @@ class Factored:
 def _add_product(total: Tensor, use: Outer, weights: Weights) -> None:
     """total += (weights ⊙ rows)ᵀ columns, where the narrower factor is the one that is scaled."""
     rows, columns = use.rows, use.columns
+    if isinstance(rows, LogitGradients):
+        columns = weights.times(columns, use.layout)
+        for part, piece in rows.pieces():
+            add_product(total, piece, columns[part])
+        return
     if rows.shape[-1] < columns.shape[-1]:
-        rows = weights.times(rows)
+        rows = weights.times(rows, use.layout)
     else:
-        columns = weights.times(columns)
-    if rows.dtype == total.dtype:
-        total.addmm_(rows.mT, columns)
-    else:
-        total.add_(rows.mT @ columns)
+        columns = weights.times(columns, use.layout)
+    add_product(total, rows, columns)
 
 
 Kept = Formed | Factored

@@ -67,20 +67,27 @@ class Estimate:
 def project_rows(use: Outer | Lookup, signs: Signs, name: str) -> Float[Tensor, "P r"]:
     """Ωᵀ rows_t of every position; the rows of a lookup are one-hot, so theirs is read off."""
     if isinstance(use, Outer):
-        return use.rows @ signs.of(name, use.rows.shape[-1], use.rows)
+        omega = signs.of(name, use.height, use.columns)
+        if isinstance(use.rows, Tensor):
+            return use.rows @ omega
+        return torch.cat([rows @ omega for _, rows in use.rows.pieces()])
     return signs.of(name, use.height, use.columns)[use.tokens]
 
 
 def sketched_norms(
-    uses: Sequence[tuple[Float[Tensor, "P r"], Float[Tensor, "P d"]]], layout: Layout
+    uses: Sequence[tuple[Float[Tensor, "P r"], Float[Tensor, "P d"]]],
+    layout: Layout,
+    layouts: Sequence[Layout] | None = None,
 ) -> Estimate:
     """Squared norms of Σ over uses of Ωᵀ G, for each trajectory, from (projected rows, columns).
 
-    Each of the r rows of Ωᵀ G gives an estimate of its own; how they differ gives the variance.
+    ``layouts``, one a use, where positions are a selection. Each of the r rows of Ωᵀ G gives an estimate of
+    its own; how they differ gives the variance.
     """
     r = uses[0][0].shape[-1]
     estimates = layout.zeros(uses[0][0])[:, None].repeat(1, r)
-    for i, span in enumerate(layout.spans):
-        projected = reduce(torch.add, (rows[span].mT @ columns[span] for rows, columns in uses))
-        estimates[i] = precise(projected).square().sum(-1)
+    spans = zip(*(own.spans for own in layouts or [layout] * len(uses)), strict=True)
+    for i, places in enumerate(spans):
+        products = (r[span].mT @ c[span] for (r, c), span in zip(uses, places, strict=True))
+        estimates[i] = precise(reduce(torch.add, products)).square().sum(-1)
     return Estimate(estimates.mean(-1), estimates.var(-1) / r)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
 from vcpo.scores.choice import METHODS, Choice
 from vcpo.scores.collector import Collector
-from vcpo.scores.layers import Rule, rule_for
+from vcpo.scores.factors import Factor, Lookup
+from vcpo.scores.head import Question
+from vcpo.scores.layers import Rule, asked_head, rule_for
 from vcpo.scores.layout import BUDGET, Layout
 from vcpo.scores.record import Record, ScoreNorms, is_sharded
 from vcpo.scores.sketch import Signs
@@ -41,6 +43,31 @@ class _Use:
     module: nn.Module
     name: str
     parameters: Mapping[str, Tensor]
+    question: Question | None = None
+    """What a head was asked beside its input."""
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """N of the R × T positions, which are all that some modules saw."""
+
+    owners: Tensor
+    """[N] the trajectory of each; -1: padding."""
+    layout: Layout
+
+    @staticmethod
+    def of(segments: Tensor, selected: Tensor, count: int, budget: int) -> _Selection:
+        if selected.dim() != 1 or selected.is_floating_point() or selected.dtype == torch.bool:
+            raise VcpoError(
+                f"selected must be whole numbers of shape [N], not {selected.dtype} {tuple(selected.shape)}"
+            )
+        if len(selected) and not 0 <= int(selected.min()) <= int(selected.max()) < segments.numel():
+            raise VcpoError(
+                f"selected names position {int(selected.min())} or {int(selected.max())}; positions are "
+                f"numbered row by row, 0 to {segments.numel() - 1}"
+            )
+        owners = segments.flatten()[selected]
+        return _Selection(owners, Layout.of(owners, count, budget))
 
 
 @dataclass
@@ -212,11 +239,13 @@ class ScoreTape:
         if recording.sink is None and (not self._open or _in_backward_pass()):
             return None
         given = [value for value in (*args, *kwargs.values()) if value is not None]
+        questions = [value for value in given if isinstance(value, Question)]
+        given = [value for value in given if value not in questions]
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
             raise self._unsupported(
                 module, "was called with more than one tensor, or gave more: its rule is for one in, one out"
             )
-        use = _Use(module, self._name(module), _trainable(module))
+        use = _Use(module, self._name(module), _trainable(module), *questions)
         if self._open:
             self._note(recording, use, output)
         return _Tap.apply(output, given[0], recording.anchor, recording, use)
@@ -243,7 +272,13 @@ class ScoreTape:
             recording.names.setdefault(parameter, f"{self._names[use.module]}.{own}".lstrip("."))
             recording.owners.setdefault(parameter, (use.module, own))
 
-    def measure(self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int) -> Record:
+    def measure(
+        self,
+        objective: Float[Tensor, ""],
+        segments: Int[Tensor, "R T"],
+        count: int,
+        selected: Int[Tensor, " N"] | None = None,
+    ) -> Record:
         """Squared score norms now; the gradient when coefficients are known, by :meth:`Record.backward`.
 
         Formula: ‖∇_θ n_i Σ_t log π_θ(y_{i,t})‖² where ``objective`` = Σ_i n_i Σ_t log π_θ(y_{i,t}). The
@@ -252,7 +287,8 @@ class ScoreTape:
 
         Shapes: ``segments`` has the trajectory of each position of the rows that the model saw, -1 on
         padding; norms are [count], in float32 or the model's precision if that is better. A trajectory
-        without sampled tokens has norm exactly 0.
+        without sampled tokens has norm exactly 0. ``selected``: where a module was shown N of the positions
+        only, as [N, ·] (a head, where tokens were sampled), which these are, counted row by row.
 
         The backward pass finds gradients of activations only; nothing reaches ``.grad``, and the graph is
         freed. No gradient flows through the result.
@@ -268,34 +304,60 @@ class ScoreTape:
                 raise self._unsupported(
                     module, f"has a hook on the finished gradient of {own}, which a record would not call"
                 )
-        return self._run(objective, segments, count, keep=True, whole=False)
+        return self._run(objective, segments, count, selected, keep=True, whole=False)
 
     def squared_norms(
-        self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int
-    ) -> Float[Tensor, " N"]:
+        self,
+        objective: Float[Tensor, ""],
+        segments: Int[Tensor, "R T"],
+        count: int,
+        selected: Int[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, " B"]:
         """:meth:`norms`, without what else is known of them."""
-        return self.norms(objective, segments, count).squared_norms
+        return self.norms(objective, segments, count, selected).squared_norms
 
-    def norms(self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int) -> ScoreNorms:
+    def norms(
+        self,
+        objective: Float[Tensor, ""],
+        segments: Int[Tensor, "R T"],
+        count: int,
+        selected: Int[Tensor, " N"] | None = None,
+    ) -> ScoreNorms:
         """The norms alone, of :meth:`measure`: keeps nothing, for when memory is short.
 
         The gradient then takes a second forward pass. Shapes, normalisation and errors as there.
         """
-        return self._run(objective, segments, count, keep=False, whole=False)
+        return self._run(objective, segments, count, selected, keep=False, whole=False)
 
-    def backward(self, objective: Float[Tensor, ""], segments: Int[Tensor, "R T"], count: int) -> ScoreNorms:
+    def backward(
+        self,
+        objective: Float[Tensor, ""],
+        segments: Int[Tensor, "R T"],
+        count: int,
+        selected: Int[Tensor, " N"] | None = None,
+    ) -> ScoreNorms:
         """``objective.backward()``, with the norms found on its way: keeps nothing.
 
         For coefficients that are the same for all trajectories of a micro-batch, or linear in something
         known, so that gradients can be accumulated before they are scaled. Shapes, normalisation and errors
         as in :meth:`measure`; after an error, ``.grad`` may hold what led to it: zero it.
         """
-        return self._run(objective, segments, count, keep=False, whole=True)
+        return self._run(objective, segments, count, selected, keep=False, whole=True)
 
-    def _run(self, objective: Tensor, segments: Tensor, count: int, *, keep: bool, whole: bool) -> Record:
+    def _run(
+        self,
+        objective: Tensor,
+        segments: Tensor,
+        count: int,
+        selected: Tensor | None,
+        *,
+        keep: bool,
+        whole: bool,
+    ) -> Record:
         recording = self._check(objective)
         _check_segments(segments)
         layout = Layout.of(segments, count, self._budget)
+        selection = None if selected is None else _Selection.of(segments, selected, count, self._budget)
         if self._signs.seed != self.seed:
             self._signs = Signs(self.seed, self._choice.columns)
         collector = Collector(layout, self._choice, self._signs, recording.uses, recording.names, keep=keep)
@@ -303,9 +365,11 @@ class ScoreTape:
 
         def take(use: _Use, a: Tensor, e: Tensor) -> None:
             with torch.no_grad():
-                if not collector.arrived and e.shape[:-1] == segments.shape and e[segments < 0].any():
-                    raise VcpoError("the objective depends on positions that the segments call padding")
-                for parameter, factor in self._factors(use, a, e, segments.shape):
+                if not collector.arrived:
+                    _check_padding(e, segments if e.dim() > 2 or selection is None else selection.owners)
+                if use.question is not None:
+                    use.question.of_activations_only = not whole
+                for parameter, factor in self._factors(use, a, e, segments.shape, selection):
                     collector.add(parameter, factor)
 
         recording.sink = take
@@ -362,14 +426,33 @@ class ScoreTape:
             )
         return recording
 
-    def _factors(self, use: _Use, a: Tensor, e: Tensor, rows: torch.Size) -> list[tuple[Tensor, Any]]:
+    def _factors(
+        self, use: _Use, a: Tensor, e: Tensor, rows: torch.Size, selection: _Selection | None
+    ) -> list[tuple[Tensor, Factor]]:
+        chosen = selection if e.dim() < 3 else None  # all other modules give [R, T, ·]
+        seen = rows if chosen is None else chosen.owners.shape
         try:
-            factors = self._rules[use.module](use.module, a, e, rows)
+            if use.question is not None:
+                weight, bias = (self._as_called(use, own) for own in ("weight", "bias"))
+                assert weight is not None
+                factors = asked_head(use.question, weight, bias, a, e, seen)
+            else:
+                factors = self._rules[use.module](use.module, a, e, seen)
         except ValueError as error:
             raise self._unsupported(
                 use.module, f"saw {error}, but the segments are {tuple(rows)} (rows, positions)"
             ) from error
-        return [(parameter, factors[own]) for own, parameter in use.parameters.items()]
+        found = [(parameter, factors[own]) for own, parameter in use.parameters.items()]
+        if chosen is None:
+            return found
+        return [(p, f if isinstance(f, Lookup) else replace(f, layout=chosen.layout)) for p, f in found]
+
+    def _as_called(self, use: _Use, own: str) -> Tensor | None:
+        """A parameter with the values of the call; FSDP's as a copy, since it takes gathered ones away."""
+        parameter = use.parameters.get(own, getattr(use.module, own))
+        if parameter is not None and is_sharded(self._registered.get((use.module, own), parameter)):
+            return parameter.detach().clone()
+        return parameter
 
     def _check_bypass(self, recording: _Recording, edges: Counter[Tensor], arrived: Counter[Tensor]) -> None:
         """A parameter that the graph meets more often than the taps was used outside its modules."""
@@ -416,6 +499,11 @@ def _remove_all(handles: list[RemovableHandle]) -> None:
 
 def _in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
+
+
+def _check_padding(e: Tensor, owners: Tensor) -> None:
+    if e.shape[: owners.dim()] == owners.shape and e[owners < 0].any():
+        raise VcpoError("the objective depends on positions that the segments call padding")
 
 
 def _check_segments(segments: Tensor) -> None:

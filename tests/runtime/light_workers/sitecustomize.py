@@ -83,6 +83,9 @@ class LightLearner:
             "lag_histogram": {lag: lags.count(lag) for lag in set(lags)},
         }
 
+    def probe(self) -> None:
+        return None
+
     def weights(self) -> tuple[int, dict[str, Any], str]:
         return self._version, {"version": SimpleNamespace(nbytes=8)}, f"checksum-{self._version}"
 
@@ -98,13 +101,16 @@ class LightLearner:
 class LightSampler:
     """Plays a group by waiting a little."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, share: Any) -> None:
         self._config, self._version = config, 0
         self.busy_seconds = 0.0
 
     def begin(self, policy: str) -> None:
         trouble("sampler:begin")
         assert policy == "light"
+
+    async def ready(self) -> None:
+        pass
 
     async def play(self, orders: Sequence[Any], on_group: Callable[[int, bytes], None]) -> None:
         await asyncio.gather(*(self._play(order, on_group) for order in orders))
@@ -123,7 +129,8 @@ class LightSampler:
         note("played", group=order.index)
         on_group(order.index, Group(order.index, order.index, (trajectory,) * 2, 0.0, version).to_bytes())
 
-    async def publish(self, version: int, weights: dict[str, Any]) -> str:
+    async def publish(self, version: int, weights: dict[str, Any], probe: object) -> str:
+        assert probe is None
         assert weights == {"version": version}, "the file is of another version"
         self._version = version
         what = trouble("sampler:publish") if version == 2 else ""
@@ -158,4 +165,11 @@ def install(name: str, **content: Any) -> None:
 if "vcpo.runtime.worker" in sys.orig_argv:
     install("torch", set_num_threads=lambda count: None)
     install("vcpo.pipeline.services", LearnerService=LightLearner, RolloutService=LightSampler)
-    install("vcpo.weights", write_weights=write_weights, read_weights=read_weights)
+    install("vcpo.pipeline.engines", Share=lambda index, count, logs: None)
+    install(
+        "vcpo.weights",
+        write_weights=write_weights,
+        WeightFile=read_weights,
+        Probe=SimpleNamespace,
+        announced_weights=dict,
+    )

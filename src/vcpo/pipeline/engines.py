@@ -1,0 +1,96 @@
+"""From ``sampler.kind`` to an engine, and to what the environment needs to talk to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from vcpo.config import Config
+from vcpo.environments.protocol import Codec
+from vcpo.errors import ConfigError
+from vcpo.policy.loading import Policy, for_sampling, load_policy
+from vcpo.policy.lora import with_adapters
+from vcpo.policy.text import load_text
+from vcpo.samplers.local import LocalSampler
+from vcpo.samplers.protocol import Sampler
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several sampler processes this is: the ``index``-th of ``count``."""
+
+    index: int = 0
+    count: int = 1
+    logs: Path | None = None
+    """Where processes that it starts write their logs; None: a temporary folder."""
+
+
+class Speaker(Protocol):
+    """What the environment and the rollout loop need to know of a policy."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def stop(self) -> frozenset[int]: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+
+Engine = Callable[[Config, str | Policy, Share], tuple[Speaker, Sampler]]
+
+
+def local_engine(config: Config, policy: str | Policy, share: Share) -> tuple[Speaker, Sampler]:
+    """transformers in this process, with a replica of the policy."""
+    if isinstance(policy, Policy):
+        replica = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.context_length, policy.name)
+    else:
+        replica = load_policy(policy, for_sampling(config.model))
+        replica = with_adapters(replica, config.lora, config.run.seed)
+    return replica, LocalSampler(replica.model, replica.context_length, config.sampler)
+
+
+def vllm_engine(config: Config, policy: str | Policy, share: Share) -> tuple[Speaker, Sampler]:
+    """vLLM servers, which load the policy themselves; here is only its text."""
+    from vcpo.samplers.vllm.handshake import Expected
+    from vcpo.samplers.vllm.sampler import VllmSampler
+
+    text = load_text(policy.name if isinstance(policy, Policy) else policy, config.model)
+    expected = Expected(
+        model=text.name,
+        architecture=text.architecture,
+        tokenize=text.codec.encode,
+        vocabulary=text.architecture["vocab_size"],
+        context_length=text.context_length,
+    )
+    sampler = VllmSampler(config, expected, share=(share.index, share.count), logs=share.logs)
+    return text, sampler
+
+
+def check_engine(config: Config) -> None:
+    """Raise ConfigError for settings of a run that do not go together, before anything is loaded."""
+    sampler, samplers = config.sampler, config.runtime.samplers
+    if sampler.kind != "vllm":
+        if sampler.transfer != "files":
+            raise ConfigError(
+                "sampler.transfer = 'collective' is for vLLM servers: set sampler.kind = 'vllm'"
+            )
+        return
+    servers = len(sampler.urls) or sampler.servers
+    if config.pipeline.mode == "async" and samplers > servers:
+        source = "sampler.urls names" if sampler.urls else "sampler.servers is"
+        raise ConfigError(
+            f"runtime.samplers = {samplers} share out vLLM servers, and {source} {servers}: lower the first"
+        )
+    if sampler.transfer == "collective" and (config.pipeline.mode == "exact" or config.lora.rank):
+        raise ConfigError(
+            "sampler.transfer = 'collective' needs pipeline.mode = 'async' and lora.rank = 0 (adapters are "
+            "small: files carry them)"
+        )
+
+
+ENGINES: dict[str, Engine] = {"local": local_engine, "vllm": vllm_engine}

@@ -1,0 +1,81 @@
+"""Whether a vLLM server is the one that the recipe means: asked once, before anything is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vcpo.config import Config
+from vcpo.errors import ConfigError, WorkerError
+from vcpo.samplers.vllm.server import Server
+
+SAMPLE = "What is 12 + 30? Let's see: x = 42."
+START = "start it with `vcpo serve`, which sets what vcpo needs"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the servers must serve."""
+
+    model: str
+    """Folder or hub id."""
+    architecture: Mapping[str, Any]
+    """Of the model's config: the fields that decide the shapes of its weights."""
+    tokenize: Callable[[str], list[int]]
+    vocabulary: int
+    context_length: int
+
+
+async def check_server(server: Server, config: Config, expected: Expected) -> None:
+    """Raises ConfigError that names the server and what is wrong with it; sets ``server.model``."""
+    told = await _server_info(server)
+    answer = await server.post("/collective_rpc", {"method": "vcpo_architecture"})
+    server.model = str((await server.get("/v1/models"))["data"][0]["id"])
+    _check_architecture(server, answer["results"][0], expected)
+    await _check_tokenizer(server, expected)
+    if told["max_model_len"] < expected.context_length:
+        raise ConfigError(
+            f"{server} holds {told['max_model_len']} tokens and model.context_length is "
+            f"{expected.context_length}: lower it, or start the server with a larger --max-model-len"
+        )
+    sampler = config.sampler
+    shaped = sampler.temperature != 1 or sampler.top_p != 1 or sampler.top_k
+    if shaped and told["logprobs_mode"] != "processed_logprobs":
+        raise ConfigError(
+            f"{server} gives log-probs of softmax(logits) ({told['logprobs_mode']}), not of what it samples "
+            f"with temperature {sampler.temperature:g}, top_p {sampler.top_p:g}, top_k {sampler.top_k}: "
+            "start it with --logprobs-mode processed_logprobs (`vcpo serve` does)"
+        )
+
+
+async def _server_info(server: Server) -> Mapping[str, Any]:
+    """The server's own model config, if it was started so that vcpo can use it."""
+    if not await server.is_healthy():
+        raise ConfigError(f"{server} does not answer: is it running, and is sampler.urls right?")
+    try:
+        told = (await server.get("/server_info?config_format=json"))["vllm_config"]
+    except WorkerError as error:
+        raise ConfigError(f"{error}: it lacks what updates weights; {START}") from error
+    if (told.get("weight_transfer_config") or {}).get("backend") != "vcpo":
+        raise ConfigError(f"{server} takes no weights from vcpo; {START}")
+    return told["model_config"]
+
+
+def _check_architecture(server: Server, found: Mapping[str, Any], expected: Expected) -> None:
+    for field, wanted in expected.architecture.items():
+        if found.get(field) != wanted:
+            raise ConfigError(
+                f"{server} serves another model ({server.model}): its {field} is {found.get(field)}, that of "
+                f"{expected.model} is {wanted}"
+            )
+
+
+async def _check_tokenizer(server: Server, expected: Expected) -> None:
+    body = {"prompt": SAMPLE, "add_special_tokens": False, "model": server.model}
+    theirs, ours = (await server.post("/tokenize", body))["tokens"], expected.tokenize(SAMPLE)
+    if theirs != ours:
+        raise ConfigError(
+            f"{server} has another tokenizer than {expected.model}: it reads {SAMPLE!r} as {theirs[:8]}…, "
+            f"not as {ours[:8]}…; start it with --tokenizer {expected.model}"
+        )

@@ -1,0 +1,41 @@
+"""The group over which the learner broadcasts weights: imported by the learner and inside vLLM's workers.
+
+Rank 0 is the learner, the others are the workers of all servers. The group stands beside vLLM's own.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+class WeightGroup:
+    """A process group that broadcasts tensors from rank 0: NCCL between GPUs, gloo between CPUs."""
+
+    def __init__(
+        self, address: str, port: int, rank: int, world_size: int, device: str, timeout_seconds: float
+    ) -> None:
+        """Returns when all ranks are here; raises RuntimeError if they are not within the timeout."""
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            address, port, world_size, is_master=rank == 0, timeout=timeout
+        )
+        self._group = _group(distributed.PrefixStore("vcpo", store), rank, world_size, device, timeout)
+        self._options = distributed.BroadcastOptions()
+        self._options.rootRank = 0
+        self.broadcast(torch.zeros(1, device=device))  # NCCL connects at its first call
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Fill ``tensor`` with rank 0's."""
+        self._group.broadcast([tensor], self._options).wait()
+
+
+def _group(store: Any, rank: int, world_size: int, device: str, timeout: datetime.timedelta) -> Any:
+    if device == "cuda":
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return distributed.ProcessGroupNCCL(store, rank, world_size, options)
+    return distributed.ProcessGroupGloo(store, rank, world_size, timeout)
