@@ -77,7 +77,7 @@ def test_overrides(overrides: list[str], expected: str) -> None:
         ("pipeline = 3", "pipeline must be a section: write [pipeline]"),
         ("[[pipeline]]\nsteps = 3", "pipeline must be a section"),
         ("[pipline]\nsteps = 3", "unknown section [pipline]; did you mean [pipeline]?"),
-        ("[qqqq]\nsteps = 3", "unknown section [qqqq]; sections are run, model, warm_start,"),
+        ("[qqqq]\nsteps = 3", "unknown section [qqqq]; sections are run, model, lora, warm_start,"),
         ("[pipeline]\nstep = 3", "unknown key pipeline.step; did you mean pipeline.steps?"),
         ("[pipeline.steps]\nx = 3", "pipeline.steps is {'x': 3}: it must be a whole number, at least 1"),
         ("[pipeline]\nsteps = '3'", "pipeline.steps is '3': it must be a whole number"),

@@ -35,11 +35,36 @@ def value_of(setting: Setting) -> st.SearchStrategy[Any]:
             exclude_min="exclusiveMinimum" in schema,
             exclude_max="exclusiveMaximum" in schema,
         )
+    elif schema["type"] == "array":
+        values = st.lists(TEXT.map(lambda text: text.replace(",", "") or "a"), max_size=3)
     else:
         values = (
             TEXT.map(lambda text: Path(text.replace("\0", ""))) if schema.get("format") == "path" else TEXT
         )
+    if setting.words:
+        values |= st.sampled_from(setting.words)
     return st.none() | values if setting.may_be_unset else values
+
+
+def without_contradictions(data: dict[str, dict[str, Any]]) -> None:
+    """Take out fields that only mean something beside others."""
+    sampler, environment = data.get("sampler", {}), data.get("environment", {})
+    for name in ("urls", "python", "devices", "options"):
+        if sampler.get("kind") != "vllm" or (sampler.get("urls") and name != "urls"):
+            sampler.pop(name, None)
+    if sampler.get("urls"):
+        sampler.pop("servers", None)
+    if sampler.get("devices"):
+        sampler["servers"] = len(sampler["devices"])
+    wanted = {"path": "held_out_path", "dataset": "dataset_config split held_out_split"}
+    if environment.get("path"):
+        environment.pop("dataset", None)
+    for source, names in wanted.items():
+        for name in names.split():
+            if not environment.get(source):
+                environment.pop(name, None)
+    if environment.get("split", "train") == environment.get("held_out_split"):
+        environment.pop("held_out_split")
 
 
 @st.composite
@@ -52,6 +77,7 @@ def configs(draw: st.DrawFn) -> Config:
         data.setdefault(setting.section, {})[setting.name] = draw(value_of(setting))
     heads = draw(st.integers(1, 32))
     data.setdefault("model", {}).update(heads=heads, hidden_size=2 * heads * draw(st.integers(1, 64)))
+    without_contradictions(data)
     return Config.model_validate(data)
 
 
@@ -69,7 +95,8 @@ def test_every_field_is_an_override(config: Config) -> None:
     overrides = []
     for dotted, setting in SETTINGS.items():
         value = getattr(getattr(config, setting.section), setting.name)
-        overrides.append(f"--{dotted}={'' if value is None else str(value)}")
+        text = ",".join(value) if isinstance(value, list) else "" if value is None else str(value)
+        overrides.append(f"--{dotted}={text}")
     assert load_config(None, overrides) == config
 
 
@@ -81,6 +108,7 @@ def test_a_dump_has_every_field_and_marks_the_unset_ones() -> None:
     assert data["run"] == {"name": 'a "b"\\\x7f\n', "folder": "runs", "seed": 0}
     written = {f"{section}.{name}" for section, values in data.items() for name in values}
     unset = {"algorithm.baseline", "algorithm.normalise", "algorithm.aggregation", "algorithm.step_scale"}
+    unset.add("sampler.probe_tolerance")
     assert set(SETTINGS) - written == unset
     assert all(f"# {name.partition('.')[2]} is unset" in text for name in unset)
 

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of transformers
 
-DEADLINE = 120.0
+DEADLINE = 400.0
 """Seconds until both ranks are ended, should they hang."""
 
 

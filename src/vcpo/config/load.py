@@ -76,7 +76,9 @@ def from_text(setting: Setting, text: str) -> Any:
     """The text itself for all but unset fields and lists: pydantic reads numbers and booleans."""
     if setting.may_be_unset and not text:
         return None
-    return text.split(",") if setting.schema.get("type") == "array" else text
+    if setting.schema.get("type") == "array":
+        return text.split(",") if text else []
+    return text
 
 
 def _read(path: Path) -> Config:
@@ -131,7 +133,7 @@ def _bad_value(setting: Setting, error: ErrorDetails, prefix: str) -> str:
     quoted = repr(error["input"])
     if len(quoted) > LONGEST_QUOTE:
         quoted = f"{quoted[:LONGEST_QUOTE]}…"
-    near = difflib.get_close_matches(str(error["input"]), setting.choices, 1)
+    near = difflib.get_close_matches(str(error["input"]), [*setting.choices, *setting.words], 1)
     meant = f"; did you mean {near[0]}?" if near else ""
     return f"{prefix}{setting.dotted} is {quoted}: it must be {setting.allowed}{meant}"
 

@@ -110,7 +110,8 @@ class EnvironmentConfig(Section):
     answer_field: str = "answer"
     """jsonl, math: the field with the answer."""
     answer_form: Literal["plain", "hashes", "boxed"] = "plain"
-    """Where the answer is in its field: all of it; after ####, as in GSM8K; in the last \\boxed{}, as in MATH."""
+    """Where the answer is in its field: all of it; after ####, as in GSM8K; in the last \\boxed{}, as in
+    MATH."""
     template: str = ""
     """What the model is shown: {prompt} stands for the problem (countdown: {numbers} and {target}); empty:
     the problem alone, and for math also the request to reason and to put the answer in \\boxed{}."""
@@ -136,7 +137,7 @@ class EnvironmentConfig(Section):
         of_a_data_set = self.dataset_config or self.held_out_split or self.split != "train"
         if of_a_data_set and not self.dataset:
             raise ValueError("dataset_config, split and held_out_split are of a data set: set dataset")
-        if self.dataset and self.split == self.held_out_split:
+        if self.held_out_split and self.split == self.held_out_split:
             raise ValueError(f"split and held_out_split are both {self.split}: hold out another one, or none")
         return self
 
@@ -189,7 +190,7 @@ class SamplerConfig(Section):
     devices: list[str] = []
     """CUDA_VISIBLE_DEVICES of each vLLM server that is started, such as 1 or 2+3; empty: what is visible."""
     options: list[str] = []
-    """More command-line options for the vLLM servers that are started, such as --gpu-memory-utilization=0.8."""
+    """More options for the vLLM servers that are started, such as --gpu-memory-utilization=0.8."""
     transfer: Literal["files", "collective"] = "files"
     """How weights reach vLLM servers: safetensors files (in shared memory where they fit), or a broadcast
     (NCCL between GPUs, gloo between CPUs)."""

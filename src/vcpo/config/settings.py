@@ -28,6 +28,8 @@ class Setting:
     schema: dict[str, Any]
     """JSON schema of the value, without the null of a field that may be unset."""
     may_be_unset: bool
+    words: tuple[str, ...] = ()
+    """What it may be beside a value of its schema, such as ``calibrated`` for a number."""
 
     @property
     def dotted(self) -> str:
@@ -44,7 +46,8 @@ class Setting:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         bounds = " and ".join(_bounds(self.schema))
-        return KINDS[self.schema["type"]] + (f", {bounds}" if bounds else "")
+        values = KINDS[self.schema["type"]] + (f", {bounds}" if bounds else "")
+        return ", or ".join([values, *self.words])
 
 
 def _bounds(schema: dict[str, Any]) -> Iterator[str]:
@@ -68,7 +71,8 @@ def settings_of(section: str, cls: type[Section]) -> Iterator[Setting]:
         kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
         sentence = " ".join(schema.get("description", "").split())
         unset = any(kind.get("type") == "null" for kind in schema.get("anyOf", ()))
-        yield Setting(section, name, sentence, kinds[0], may_be_unset=unset)
+        words = tuple(kind["const"] for kind in kinds[1:])
+        yield Setting(section, name, sentence, kinds[0], may_be_unset=unset, words=words)
 
 
 SETTINGS = {

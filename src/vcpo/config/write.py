@@ -1,7 +1,7 @@
 """A config as TOML that :func:`vcpo.config.load_config` reads back.
 
-The standard library reads TOML and does not write it. Flat sections of text, numbers and booleans take a
-few lines, which is less than a dependency.
+The standard library reads TOML and does not write it. Flat sections of text, numbers, booleans and lists
+take a few lines, which is less than a dependency.
 """
 
 from __future__ import annotations
