@@ -54,6 +54,8 @@ class Lookup:
     columns: Float[Tensor, "P d"]
     height: int
     """V."""
+    layout: Layout | None = None
+    """As of :class:`Outer`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def memory_of(values: Tensor) -> tuple[object, ...]:
 
 def layout_of(factor: Factor, layout: Layout) -> Layout:
     """Where the trajectories' positions lie in a factor; ``layout`` is the batch's."""
-    return layout if isinstance(factor, Lookup) or factor.layout is None else factor.layout
+    return layout if factor.layout is None else factor.layout
 
 
 def shared_norms(outers: Sequence[Outer], layout: Layout) -> Float[Tensor, " N"]:
@@ -97,7 +99,7 @@ def matrix_norms(uses: Sequence[Outer | Lookup], layout: Layout) -> Float[Tensor
 def _matrix_norms(use: Outer | Lookup, layout: Layout) -> Tensor:
     if isinstance(use, Outer):
         return shared_norms([use], layout)
-    sums, owners = layout.token_sums(use.tokens, use.columns)
+    sums, owners = layout_of(use, layout).token_sums(use.tokens, use.columns)
     return layout.zeros(sums).index_add_(0, owners, sums.square().sum(-1))
 
 

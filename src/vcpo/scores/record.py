@@ -73,7 +73,7 @@ class Factored:
         """total += Σ_i c_i Σ_t rows_t ⊗ columns_t."""
         for use in self.uses:
             if isinstance(use, Lookup):
-                total.index_add_(0, use.tokens, weights.times(use.columns).to(total.dtype))
+                total.index_add_(0, use.tokens, weights.times(use.columns, use.layout).to(total.dtype))
             else:
                 _add_product(total, use, weights)
 

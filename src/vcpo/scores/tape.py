@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
 from vcpo.scores.choice import METHODS, Choice
 from vcpo.scores.collector import Collector
-from vcpo.scores.factors import Factor, Lookup
+from vcpo.scores.factors import Factor
 from vcpo.scores.head import Question
 from vcpo.scores.layers import Rule, asked_head, rule_for
 from vcpo.scores.layout import BUDGET, Layout
@@ -445,7 +445,7 @@ class ScoreTape:
         found = [(parameter, factors[own]) for own, parameter in use.parameters.items()]
         if chosen is None:
             return found
-        return [(p, f if isinstance(f, Lookup) else replace(f, layout=chosen.layout)) for p, f in found]
+        return [(p, replace(f, layout=chosen.layout)) for p, f in found]
 
     def _as_called(self, use: _Use, own: str) -> Tensor | None:
         """A parameter with the values of the call; FSDP's as a copy, since it takes gathered ones away."""
