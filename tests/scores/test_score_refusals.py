@@ -194,8 +194,46 @@ def test_objective_that_reaches_padding_is_refused() -> None:
     with tape:
         logits = model(rows.ids)
     wrong = rows.segments.masked_fill(rows.segments == 3, -1)
-    with pytest.raises(VcpoError, match="positions that the segments call padding"):
+    with pytest.raises(VcpoError, match=r"head \(Linear\), on positions that the segments call padding"):
         tape.measure(objective_of(logits, batch, rows), wrong, len(LENGTHS))
+
+
+def _earlier(module: nn.Module, x: Tensor) -> Tensor:
+    """What attention does: later positions get something from the earlier ones."""
+    return module(x).cumsum(1).tanh()
+
+
+@pytest.mark.parametrize("method", ["exact", "sketched"])
+@pytest.mark.parametrize(
+    ("middle", "call", "named"),
+    [
+        (nn.Linear(WIDTH, WIDTH), _earlier, r"middle \(Linear\)"),
+        (GatedNorm(), lambda m, x: _earlier(m, x[:, None].repeat(1, 3, 1, 1)).cumsum(2).sum(1), "middle"),
+        (nn.Identity(), _earlier, r"table \(Embedding\)"),
+    ],
+)
+def test_prompt_that_is_called_padding_is_refused(
+    middle: nn.Module, call: Callable[..., Tensor], named: str, method: str
+) -> None:
+    """The head gives nothing there, but other layers pass on what later positions read."""
+    batch = batch_of([6, 5, 4])
+    for mask in batch.masks:
+        mask[:3] = False
+    model, rows = Between(middle, call), padded(batch)
+    segments = rows.segments.clone()
+    segments[:, :2] = -1
+    tape = ScoreTape(model, method=method)
+    with tape:
+        logits = model(rows.ids)
+    with pytest.raises(VcpoError, match=f"{named}.*that the segments call padding"):
+        tape.measure(objective_of(logits, batch, rows), segments, 3)
+
+
+def test_module_that_is_shown_rows_from_behind_is_named() -> None:
+    batch = batch_of(LENGTHS)
+    model = Between(nn.Linear(WIDTH, WIDTH), lambda m, x: m(x.flip(1)).tanh().flip(1))
+    with pytest.raises(VcpoError, match=r"middle \(Linear\), on positions that the segments call padding"):
+        measure(model, padded(batch), batch)
 
 
 @pytest.mark.parametrize(

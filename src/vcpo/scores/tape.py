@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
 from vcpo.scores.choice import METHODS, Choice
 from vcpo.scores.collector import Collector
-from vcpo.scores.factors import Factor
+from vcpo.scores.factors import Factor, Vector
 from vcpo.scores.head import Question
 from vcpo.scores.layers import Rule, asked_head, rule_for
 from vcpo.scores.layout import BUDGET, Layout
@@ -362,14 +362,18 @@ class ScoreTape:
             self._signs = Signs(self.seed, self._choice.columns)
         collector = Collector(layout, self._choice, self._signs, recording.uses, recording.names, keep=keep)
         edges = _parameter_edges(objective)
+        paddings = [_padding(segments), _padding(segments if selection is None else selection.owners)]
+        reached: list[tuple[_Use, Tensor]] = []
 
         def take(use: _Use, a: Tensor, e: Tensor) -> None:
             with torch.no_grad():
-                if not collector.arrived:
-                    _check_padding(e, segments if e.dim() > 2 or selection is None else selection.owners)
                 if use.question is not None:
                     use.question.of_activations_only = not whole
-                for parameter, factor in self._factors(use, a, e, segments.shape, selection):
+                factors = self._factors(use, a, e, segments.shape, selection)
+                padding = paddings[e.dim() < 3]
+                if len(padding):
+                    reached.append((use, _reaches(padding, e, factors)))
+                for parameter, factor in factors:
                     collector.add(parameter, factor)
 
         recording.sink = take
@@ -387,6 +391,8 @@ class ScoreTape:
         self._check_bypass(recording, edges, collector.arrived)
         with torch.no_grad(), no_autocast:
             norms, variances = collector.finish()
+        norms = _finite(norms)
+        _check_padding(reached)
         errors = variances.sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         # In the order of the forward pass: ranks that reduce one parameter after another must agree on it.
         kept = {
@@ -394,7 +400,7 @@ class ScoreTape:
             for p in recording.names
             if p in collector.kept
         }
-        return Record(_finite(norms), errors, collector.methods, kept, layout)
+        return Record(norms, errors, collector.methods, kept, layout)
 
     def _check(self, objective: Tensor) -> _Recording:
         if objective.dim():
@@ -501,9 +507,27 @@ def _in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
-def _check_padding(e: Tensor, owners: Tensor) -> None:
-    if e.shape[: owners.dim()] == owners.shape and e[owners < 0].any():
-        raise VcpoError("the objective depends on positions that the segments call padding")
+def _padding(owners: Tensor) -> Tensor:
+    return (owners.flatten() < 0).nonzero()[:, 0]
+
+
+def _reaches(padding: Tensor, e: Tensor, factors: list[tuple[Tensor, Factor]]) -> Tensor:
+    """Whether E is not 0 somewhere on padding. With heads (four axes), the factors have it by position."""
+    if e.dim() == 4 and isinstance(vector := factors[0][1], Vector) and isinstance(vector.values, Tensor):
+        e = vector.values
+    elif e.dim() == 1:
+        e = e[:, None]
+    return e.reshape(-1, e.shape[-1])[padding].any()
+
+
+def _check_padding(reached: list[tuple[_Use, Tensor]]) -> None:
+    """Nothing on padding is anybody's: what a prompt that is called padding adds would be lost."""
+    for use, found in reached:
+        if found:
+            raise VcpoError(
+                f"the objective depends, through {use.name}, on positions that the segments call padding: "
+                "give every position that a trajectory attends to, its prompt's too, that trajectory's number"
+            )
 
 
 def _check_segments(segments: Tensor) -> None:
