@@ -595,3 +595,34 @@ def test_module_added_after_the_tape_is_named() -> None:
     objective = recorded(model, tape, batch, rows)
     with pytest.raises(VcpoError, match=r"(embed_tokens|lm_head) .*was not called"):
         tape.measure(objective, rows.segments, len(RAGGED))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_norms_of_torch_in_bf16_against_sums_in_float64(kind: str, autocast: bool) -> None:
+    """A normalised input that is rounded to bf16 puts a norm off by more than 1e-4."""
+    torch.manual_seed(0)
+    width, seen = 64, {}
+    norm: Any = nn.LayerNorm(width) if kind == "LayerNorm" else nn.RMSNorm(width, eps=1e-6)
+    model = nn.Sequential(nn.Linear(width, width), norm, nn.Tanh(), nn.Linear(width, 5))
+    model.requires_grad_(False)
+    norm.weight.requires_grad_(True)
+    if not autocast:
+        model.bfloat16()
+
+    def look(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        seen["a"] = args[0].detach().double()
+        output.register_hook(lambda e: seen.update(e=e.double()))
+
+    norm.register_forward_hook(look)
+    segments = torch.arange(4).repeat_interleave(35).view(2, 70)
+    tape = ScoreTape(model, method="exact")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), tape:
+        output = model(torch.randn(2, 70, width).to(next(model.parameters()).dtype))
+    found = tape.squared_norms(output.float().log_softmax(-1)[..., 0].sum(), segments, 4)
+    a = seen["a"]
+    if kind == "LayerNorm":
+        a = a - a.mean(-1, keepdim=True)
+    x = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + norm.eps)
+    expected = [(seen["e"] * x)[segments == i].sum(0).square().sum() for i in range(4)]
+    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=0.0)

@@ -143,7 +143,7 @@ def _layer_norm_kind(module: nn.Module) -> Rule | None:
 
 def _layer_norm(module: nn.Module, a: Tensor, e: Tensor, rows: torch.Size) -> Mapping[str, Factor]:
     assert isinstance(module, nn.LayerNorm)
-    normalised = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
+    normalised = functional.layer_norm(precise(a), module.normalized_shape, eps=module.eps)
     values = precise(e) * normalised
     return {"weight": Vector(_per_position(values, a, rows)), "bias": Vector(_per_position(e, a, rows))}
 
@@ -164,6 +164,10 @@ class _ScaleNorm:
 
     def normalised(self, module: nn.Module, a: Tensor) -> Tensor:
         """x̂."""
+        if _forward_is(module, nn.RMSNorm) and getattr(module, "eps", None) is not None:
+            return functional.rms_norm(
+                precise(a), (self.width,), eps=module.eps
+            )  # as its own gradient has it
         return reduce(torch.add, (s * _output_with(module, _filled(value, a), a) for value, s in self.points))
 
 
