@@ -123,7 +123,21 @@ def test_norm_that_gives_two_tensors_is_named() -> None:
         measure(model, padded(batch), batch)
 
 
-@pytest.mark.parametrize("middle", [nn.PReLU(), ScalarScale(), DroppingNorm().eval()])
+class DetachedScale(GatedNorm):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return x * self.weight.detach()
+
+
+class SlowScale(GatedNorm):
+    """The weight's gradient is a tenth of what it would be."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return x * (0.1 * self.weight + 0.9 * self.weight.detach())
+
+
+@pytest.mark.parametrize(
+    "middle", [nn.PReLU(), ScalarScale(), DroppingNorm().eval(), DetachedScale(), SlowScale()]
+)
 def test_scales_that_are_no_vector_or_draw_numbers_have_no_rule(middle: nn.Module) -> None:
     with pytest.raises(UnsupportedLayerError, match="no score-norm rule for middle"):
         ScoreTape(Between(middle).eval())

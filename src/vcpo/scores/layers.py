@@ -214,12 +214,25 @@ def _scale_norm_kind(module: nn.Module) -> Rule | None:
     zero, one, some, again = found
     if not torch.equal(some, again) or not _close(some, w * (one - zero) + zero):
         return None
+    if not _learns(module, a, w, one - zero):
+        return None
     points = ((1.0, 1), (0.0, -1))
     if not zero.any():
         points = ((1.0, 1),)
     elif _close(one, 2 * zero):
         points = ((0.0, 1),)
     return _ScaleNorm(points, len(weight))
+
+
+def _learns(module: nn.Module, a: Tensor, weight: Tensor, normalised: Tensor) -> bool:
+    """Whether autograd gives the weight what x̂ foretells: a detached one gets nothing, others a part."""
+    weight, e = weight.clone().requires_grad_(), a.flip(-1)
+    with torch.enable_grad():
+        output = _output_with(module, weight, a, training=True)
+    if not output.requires_grad:
+        return False
+    (found,) = torch.autograd.grad(output, weight, e, allow_unused=True)
+    return found is not None and _close(found, (e * normalised).sum((0, 1)))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
