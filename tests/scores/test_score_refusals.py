@@ -201,6 +201,27 @@ def test_parameter_thawed_while_the_tape_runs_is_named() -> None:
         tape.measure(objective_of(logits, batch, rows), rows.segments, len(LENGTHS))
 
 
+def test_weight_thawed_beside_a_trainable_bias_while_the_tape_runs_is_named() -> None:
+    model = Between(nn.Linear(WIDTH, WIDTH))
+    model.middle.weight.requires_grad_(False)
+    tape = ScoreTape(model)
+    with pytest.raises(UnsupportedLayerError, match=r"middle \(Linear\) had its weight thawed while"), tape:
+        model.middle.weight.requires_grad_(True)
+        model(padded(batch_of(LENGTHS)).ids)
+
+
+def test_record_of_an_input_buffer_that_was_filled_again_is_refused() -> None:
+    torch.manual_seed(0)
+    model, buffer = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), torch.randn(2, 3, WIDTH)
+    tape = ScoreTape(model, method="sketched")
+    with tape:
+        output = model(buffer)
+    record = tape.measure(output.sum(), torch.arange(6).view(2, 3), 6)
+    buffer.copy_(torch.randn_like(buffer))
+    with pytest.raises(VcpoError, match="changed in place after it was measured"):
+        record.backward(torch.ones(6))
+
+
 def test_objective_that_reaches_padding_is_refused() -> None:
     batch = batch_of(LENGTHS)
     model, rows = Between(nn.Linear(WIDTH, WIDTH)), rows_of(batch, [[0, 1], [2], [3]])

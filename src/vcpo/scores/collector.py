@@ -87,7 +87,7 @@ class Collector:
         use = uses[0]
         tokens = max(layout_of(use, self._layout).mean_length for use in uses)
         if len(uses) == 1 and isinstance(use, Lookup):
-            self._found(parameter, "ghost", matrix_norms(uses, self._layout), Factored(uses))
+            self._found(parameter, "ghost", matrix_norms(uses, self._layout), Factored.of(uses))
         elif self._keep and len(uses) == 1 and isinstance(use, Outer) and self._choice.forms(tokens, use):
             formed, norms = _form(use, layout_of(use, self._layout))
             self._found(parameter, "formed", norms, Formed(formed))
@@ -96,9 +96,9 @@ class Collector:
         elif self._choice.sketches(tokens, use):
             rows = [project_rows(use, self._signs, self._names[parameter]) for use in uses]
             self._estimated(rows, uses)
-            self._found(parameter, "sketch", None, Factored(uses))
+            self._found(parameter, "sketch", None, Factored.of(uses))
         else:
-            self._found(parameter, "ghost", matrix_norms(uses, self._layout), Factored(uses))
+            self._found(parameter, "ghost", matrix_norms(uses, self._layout), Factored.of(uses))
 
     def _add_neighbour(self, parameter: Tensor, use: Outer) -> None:
         """Take a matrix to be measured together with those that have the same columns."""
@@ -111,7 +111,7 @@ class Collector:
             self._projected = rows if self._projected is None else self._projected + rows
         else:
             self._neighbours.append(use)
-        self._found(parameter, "sketch" if sketch else "ghost", None, Factored([use]))
+        self._found(parameter, "sketch" if sketch else "ghost", None, Factored.of([use]))
 
     def _measure_neighbours(self) -> None:
         if self._neighbours:

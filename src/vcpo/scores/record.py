@@ -68,14 +68,32 @@ class Factored:
     """The factors of one parameter's gradient, one for each use of the parameter."""
 
     uses: Sequence[Outer | Lookup]
+    versions: Sequence[int]
+    """Of their tensors, as autograd counts changes in place."""
+
+    @staticmethod
+    def of(uses: Sequence[Outer | Lookup]) -> Factored:
+        """Keep the factors as they are now."""
+        return Factored(uses, _versions(uses))
 
     def add_to(self, total: Tensor, weights: Weights) -> None:
         """total += Σ_i c_i Σ_t rows_t ⊗ columns_t."""
+        if _versions(self.uses) != self.versions:
+            raise VcpoError(
+                "a layer's input or output gradient was changed in place after it was measured, and "
+                "the record has no copy: use the record first, or give the model a copy of its input"
+            )
         for use in self.uses:
             if isinstance(use, Lookup):
                 total.index_add_(0, use.tokens, weights.times(use.columns, use.layout).to(total.dtype))
             else:
                 _add_product(total, use, weights)
+
+
+def _versions(uses: Sequence[Outer | Lookup]) -> list[int]:
+    rows = [use.rows for use in uses if isinstance(use, Outer)]
+    tensors = [use.columns for use in uses] + [r for r in rows if isinstance(r, Tensor)]
+    return [tensor._version for tensor in tensors]
 
 
 def _add_product(total: Tensor, use: Outer, weights: Weights) -> None:

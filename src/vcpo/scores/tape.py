@@ -264,6 +264,10 @@ class ScoreTape:
                 raise self._unsupported(
                     use.module, f"computes {own} from other parameters in its call (functional_call)"
                 )
+            if (use.module, own) not in self._registered:
+                raise self._unsupported(
+                    use.module, f"had its {own} thawed while the tape ran: thaw it before"
+                )
             if parameter._backward_hooks:
                 raise self._unsupported(
                     use.module, f"has a gradient hook on {own}, which norms would not know: remove it"
