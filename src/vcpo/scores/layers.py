@@ -164,7 +164,7 @@ class _ScaleNorm:
 
     def normalised(self, module: nn.Module, a: Tensor) -> Tensor:
         """x̂."""
-        if _forward_is(module, nn.RMSNorm) and getattr(module, "eps", None) is not None:
+        if isinstance(module, nn.RMSNorm) and _forward_is(module, nn.RMSNorm) and module.eps is not None:
             return functional.rms_norm(
                 precise(a), (self.width,), eps=module.eps
             )  # as its own gradient has it
