@@ -188,11 +188,13 @@ def formed(uses: Sequence[Factor], where: Tensor, vocabulary: int) -> Tensor:
     total = torch.zeros(())
     for use in uses:
         if isinstance(use, Outer):
+            assert isinstance(use.rows, Tensor)
             total = total + use.rows[where].mT @ use.columns[where]
         elif isinstance(use, Lookup):
             one_hot = functional.one_hot(use.tokens[where], vocabulary).to(use.columns.dtype)
             total = total + one_hot.mT @ use.columns[where]
         else:
+            assert isinstance(use.values, Tensor)
             total = total + use.values[where].sum(0)
     return total
 

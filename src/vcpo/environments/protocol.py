@@ -34,7 +34,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from vcpo.errors import ContextOverflowError, EnvironmentFailure
-from vcpo.samplers.protocol import Completion, Sampler
+from vcpo.samplers.protocol import Completer, Completion
 from vcpo.trajectory import NOT_SAMPLED, Outcome, Trajectory
 
 Split = Literal["train", "held_out"]
@@ -148,7 +148,7 @@ class Episode:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Completer,
         *,
         seed: int,
         session: int,

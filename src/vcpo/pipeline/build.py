@@ -34,7 +34,7 @@ from vcpo.learner.supervised import warm_start
 from vcpo.pipeline.engines import Speaker
 from vcpo.pipeline.rollout import RolloutLoop
 from vcpo.policy.loading import Policy, load_policy, small_policy
-from vcpo.samplers.protocol import Sampler
+from vcpo.samplers.protocol import Completer
 from vcpo.trajectory import NOT_SAMPLED, Trajectory
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def build_learner(config: Config, policy: Policy) -> Learner:
     return Learner(policy, algorithm_of(config), config.learner, config.algorithm.on_policy_ratio)
 
 
-def build_rollout_loop(config: Config, speaker: Speaker, sampler: Sampler) -> RolloutLoop:
+def build_rollout_loop(config: Config, speaker: Speaker, sampler: Completer) -> RolloutLoop:
     return RolloutLoop(
         build_environment(config, speaker.codec, speaker.context_length),
         sampler,

@@ -1,4 +1,7 @@
-"""From ``sampler.kind`` to an engine, and to what the environment needs to talk to it."""
+"""From ``sampler.kind`` to an engine, and to what the environment needs to talk to it.
+
+The controller checks settings here too, so torch and transformers are imported by the engines alone.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,15 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vcpo.config import Config
 from vcpo.environments.protocol import Codec
 from vcpo.errors import ConfigError
-from vcpo.policy.loading import Policy, for_sampling, load_policy
-from vcpo.policy.lora import with_adapters
-from vcpo.policy.text import load_text
-from vcpo.samplers.local import LocalSampler
 from vcpo.samplers.protocol import Sampler
+
+if TYPE_CHECKING:
+    from vcpo.policy.loading import Policy
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,15 @@ class Speaker(Protocol):
     def context_length(self) -> int: ...
 
 
-Engine = Callable[[Config, str | Policy, Share], tuple[Speaker, Sampler]]
+Engine = Callable[[Config, "str | Policy", Share], tuple[Speaker, Sampler]]
 
 
 def local_engine(config: Config, policy: str | Policy, share: Share) -> tuple[Speaker, Sampler]:
     """transformers in this process, with a replica of the policy."""
+    from vcpo.policy.loading import Policy, for_sampling, load_policy
+    from vcpo.policy.lora import with_adapters
+    from vcpo.samplers.local import LocalSampler
+
     if isinstance(policy, Policy):
         replica = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.context_length, policy.name)
     else:
@@ -56,10 +62,11 @@ def local_engine(config: Config, policy: str | Policy, share: Share) -> tuple[Sp
 
 def vllm_engine(config: Config, policy: str | Policy, share: Share) -> tuple[Speaker, Sampler]:
     """vLLM servers, which load the policy themselves; here is only its text."""
+    from vcpo.policy.text import load_text
     from vcpo.samplers.vllm.handshake import Expected
     from vcpo.samplers.vllm.sampler import VllmSampler
 
-    text = load_text(policy.name if isinstance(policy, Policy) else policy, config.model)
+    text = load_text(policy if isinstance(policy, str) else policy.name, config.model)
     expected = Expected(
         model=text.name,
         architecture=text.architecture,

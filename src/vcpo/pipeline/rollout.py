@@ -28,7 +28,7 @@ import numpy as np
 
 from vcpo.environments.protocol import Environment, Episode, FiniteEnvironment, Problem, Split
 from vcpo.errors import EnvironmentFailure
-from vcpo.samplers.protocol import Sampler
+from vcpo.samplers.protocol import Completer
 from vcpo.samplers.random import derive_seed
 from vcpo.samplers.tasks import gather_all
 from vcpo.trajectory import Group, Trajectory
@@ -57,7 +57,7 @@ class RolloutLoop:
     def __init__(
         self,
         environment: Environment,
-        sampler: Sampler,
+        sampler: Completer,
         *,
         group_size: int,
         seed: int,

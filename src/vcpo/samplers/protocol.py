@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one call to :meth:`Sampler.generate` produced; the three lists have one length."""
+    """What one call to :meth:`Completer.generate` produced; the three lists have one length."""
 
     tokens: list[int]
     """Sampled token ids, the stop token included."""
@@ -28,8 +28,8 @@ class Completion:
     """``stop``: a stop token was sampled; ``length``: ``max_tokens`` was reached."""
 
 
-class Sampler(Protocol):
-    """One engine. Calls to ``generate`` from many tasks at once are batched by the engine."""
+class Completer(Protocol):
+    """What an episode sees of an engine. Calls from many tasks at once are batched by the engine."""
 
     @property
     def version(self) -> int:
@@ -62,6 +62,10 @@ class Sampler(Protocol):
     def release(self, session: int) -> None:
         """Forget a session; unknown sessions are ignored."""
         ...
+
+
+class Sampler(Completer, Protocol):
+    """One engine: it generates, and serves the weights that it is given."""
 
     async def update(self, version: int, weights: Mapping[str, Tensor], probe: Probe | None = None) -> str:
         """Serve ``weights`` as ``version`` from now on; the answer is the checksum of what is served.

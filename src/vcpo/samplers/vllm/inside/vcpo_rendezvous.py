@@ -23,7 +23,8 @@ class WeightGroup:
         store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             address, port, world_size, is_master=rank == 0, timeout=timeout
         )
-        self._group = _group(distributed.PrefixStore("vcpo", store), rank, world_size, device, timeout)
+        apart = distributed.PrefixStore("vcpo", store)  # pyright: ignore[reportPrivateImportUsage]
+        self._group = _group(apart, rank, world_size, device, timeout)
         self._options = distributed.BroadcastOptions()
         self._options.rootRank = 0
         self.broadcast(torch.zeros(1, device=device))  # NCCL connects at its first call
