@@ -23,6 +23,10 @@ class DataError(ConfigError):
     """A data file that cannot be read as the environment needs it; names the file and the line."""
 
 
+class UnreachableDataError(DataError):
+    """A data set that is elsewhere and cannot be had now: says how to get it. A plan can do without it."""
+
+
 class ModelError(ConfigError):
     """A model that cannot be loaded, or that lacks something vcpo needs; names the model or module."""
 

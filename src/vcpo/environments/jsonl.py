@@ -1,28 +1,18 @@
-"""Problems of your own from a JSON-lines file with the fields ``prompt`` and ``answer``.
-
-The whole file is read and validated at construction, so that a broken line is found before any work is
-done. One prompt in eight is held out by the same stable hash as elsewhere; equal prompts stay together.
+"""Problems of your own with an answer that is compared as text or as a number: JSON lines with the fields
+``prompt`` and ``answer``, or whatever :mod:`vcpo.environments.data` reads.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Callable
 from decimal import Decimal
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-import numpy as np
 
 from vcpo.config import EnvironmentConfig
-from vcpo.environments.protocol import Codec, Episode, Problem, Split
-from vcpo.environments.splits import HELD_OUT_ONE_IN, split_of
-from vcpo.errors import ConfigError, DataError
-
-log = logging.getLogger(__name__)
+from vcpo.environments.data import Line
+from vcpo.environments.protocol import Codec
+from vcpo.environments.single_turn import SingleTurn
+from vcpo.errors import DataError
 
 NUMBER = re.compile(
     r"""(?: (?<! [\w).] ) [-+] )?                                  # a sign, unless it joins two operands
@@ -33,63 +23,27 @@ NUMBER = re.compile(
 )
 
 
-class Line(NamedTuple):
-    """One problem of the file."""
-
-    number: int
-    prompt: str
-    answer: str
-
-
-class JsonLines:
+class JsonLines(SingleTurn):
     """Single-turn questions with known answers, judged by ``environment.match``."""
 
     def __init__(self, codec: Codec, config: EnvironmentConfig) -> None:
-        self._codec, self._max_tokens = codec, config.max_tokens
+        super().__init__(codec, config)
         self._matches = MATCHES[config.match]
-        self._path = config.path
-        lines = read_lines(config)
-        held_out = _held_out_prompts([line.prompt for line in lines], config.path)
-        self._splits: dict[Split, list[Line]] = {
-            "train": [line for line in lines if line.prompt not in held_out],
-            "held_out": [line for line in lines if line.prompt in held_out],
-        }
-        if not held_out:
-            self._splits = {"train": lines, "held_out": lines}
+        if config.match == "number":
+            for line in sorted({line for lines in self._splits.values() for line in lines}):
+                _check_number(line)
 
-    @classmethod
-    def alphabet(cls, config: EnvironmentConfig) -> str:
-        """The characters of the file's prompts and answers."""
-        return "".join(sorted({char for line in read_lines(config) for char in line.prompt + line.answer}))
+    async def is_right(self, response: str, answer: str) -> bool:
+        """Whether they match."""
+        return self._matches(response, answer)
 
-    def problem(self, index: int, split: Split) -> Problem:
-        """Held out: the file's order, over and over. Train: every line once an epoch, each epoch in an
-        order of its own."""
-        lines = self._splits[split]
-        epoch, place = divmod(index, len(lines))
-        if split == "train":
-            place = int(_order(len(lines), epoch)[place])
-        return Problem(index, lines[place].prompt, lines[place].answer)
 
-    def problem_count(self, split: Split) -> int:
-        """Lines of the split."""
-        return len(self._splits[split])
-
-    def check_context(self, context_length: int) -> None:
-        """Raise DataError for the first prompt that leaves no room for even one token of an answer."""
-        for line in sorted({*self._splits["train"], *self._splits["held_out"]}):
-            used = len(self._codec.encode_prompt(line.prompt))
-            if used >= context_length:
-                raise DataError(
-                    f"{self._path}, line {line.number}: the prompt takes {used} tokens and the context "
-                    f"holds {context_length}, answer included; shorten it or raise model.context_length"
-                )
-
-    async def play(self, problem: Problem, episode: Episode) -> float:
-        """One answer of at most ``environment.max_tokens`` tokens."""
-        episode.observe(self._codec.encode_prompt(problem.prompt))
-        response = self._codec.decode(await episode.act(self._max_tokens))
-        return float(self._matches(response, problem.answer))
+def _check_number(line: Line) -> None:
+    if last_number(line.answer) is None:
+        raise DataError(
+            f"{line.place}: answer {line.answer!r} holds no number, and environment.match is number; correct "
+            "or remove it"
+        )
 
 
 def matches_exactly(response: str, answer: str) -> bool:
@@ -119,77 +73,3 @@ def last_number(text: str) -> Decimal | None:
     a comma only between groups of three digits."""
     found = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return Decimal(found[-1].replace(",", "")) if found else None
-
-
-def read_lines(config: EnvironmentConfig) -> list[Line]:
-    """Every problem of the file, in order; blank lines are passed over.
-
-    Raises ConfigError without a path, DataError (file, line, what to do) for anything that is not a
-    problem and for a file without any.
-    """
-    if not config.path:
-        raise ConfigError("environment.kind = 'jsonl' needs a data file; set environment.path")
-    try:
-        raw_lines = Path(config.path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"{config.path}: cannot be read ({reason}); check environment.path") from error
-    lines = [_parse_line(raw, number, config) for number, raw in enumerate(raw_lines, start=1) if raw.strip()]
-    if not lines:
-        raise DataError(
-            f"{config.path}: has no problems; write one JSON object a line, with prompt and answer"
-        )
-    return lines
-
-
-def _parse_line(raw: bytes, number: int, config: EnvironmentConfig) -> Line:
-    def fail(what: str) -> NoReturn:
-        raise DataError(f"{config.path}, line {number}: {what}; correct or remove the line") from None
-
-    try:
-        # Decimal keeps the digits that were written: 1.50 becomes the text "1.50".
-        record = json.loads(raw.decode(), parse_int=Decimal, parse_float=Decimal)
-    except (ValueError, ArithmeticError, RecursionError) as error:
-        where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        fail(f"is not JSON in UTF-8 ({where})")
-    if not isinstance(record, dict):
-        fail("is not a JSON object with prompt and answer")
-    prompt, answer = (_text_field(record, name, fail) for name in ("prompt", "answer"))
-    if config.match == "number" and last_number(answer) is None:
-        fail(f"answer {answer!r} holds no number, and environment.match is number")
-    return Line(number, prompt, answer)
-
-
-def _text_field(record: dict[str, Any], name: str, fail: Callable[[str], NoReturn]) -> str:
-    if name not in record:
-        fail(f"has no field {name!r}")
-    value = record[name]
-    text = str(value) if isinstance(value, Decimal) else value
-    if not isinstance(text, str):
-        fail(f"{name} must be a string or a number")
-    if not text.strip():
-        fail(f"{name} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        fail(f"{name} holds half of a surrogate pair, which is not text")
-    return text
-
-
-def _held_out_prompts(prompts: list[str], path: str) -> set[str]:
-    """Prompts to hold out: by hash; of few prompts, or where that leaves a split empty, the last ones.
-    Empty for a single prompt, which both splits then share."""
-    distinct = list(dict.fromkeys(prompts))
-    if len(distinct) == 1:
-        log.warning("%s has a single prompt: it is trained on and evaluated on", path)
-        return set()
-    held_out = {prompt for prompt in distinct if split_of(prompt) == "held_out"}
-    if len(distinct) < HELD_OUT_ONE_IN or not 0 < len(held_out) < len(distinct):
-        held_out = set(distinct[-max(1, len(distinct) // HELD_OUT_ONE_IN) :])
-    return held_out
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, epoch: int) -> np.ndarray:
-    """[count]: the order of one epoch. Rollouts near an epoch's end ask for two epochs in turn."""
-    return np.random.default_rng(epoch).permutation(count)
