@@ -10,6 +10,7 @@ import pytest
 
 from vcpo.environments.countdown import Countdown
 from vcpo.environments.jsonl import JsonLines
+from vcpo.environments.mathematics import Mathematics
 from vcpo.environments.maze import Maze
 from vcpo.environments.registry import environment_class
 from vcpo.environments.sort import Sort
@@ -47,8 +48,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_built_in_names() -> None:
-    found = [environment_class(kind) for kind in ("maze", "sort", "countdown", "jsonl")]
-    assert found == [Maze, Sort, Countdown, JsonLines]
+    found = [environment_class(kind) for kind in ("maze", "sort", "countdown", "jsonl", "math")]
+    assert found == [Maze, Sort, Countdown, JsonLines, Mathematics]
 
 
 def test_a_class_of_your_own(own_folder: Path) -> None:
@@ -63,7 +64,7 @@ def test_a_class_of_your_own(own_folder: Path) -> None:
         ("mace", "'mace' is unknown; did you mean 'maze'?"),
         ("JSONL", "did you mean 'jsonl'?"),
         ("count_down", "did you mean 'countdown'?"),
-        ("zzz", "'zzz' is unknown; it is one of maze, sort, countdown, jsonl, or module:Class of your own"),
+        ("zzz", "'zzz' is unknown; it is one of maze, sort, countdown, jsonl, math, or module:Class of your own"),
         ("", "'' is unknown"),
         (":Good", "write it as module:Class"),
         ("own_environments:", "write it as module:Class"),
@@ -90,7 +91,7 @@ def test_environments_do_without_torch() -> None:
     """They run in rollout workers, which must start fast."""
     code = (
         "import sys; from vcpo.environments import environment_class as find\n"
-        "[find(kind) for kind in ('maze', 'sort', 'countdown', 'jsonl')]\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
+        "[find(kind) for kind in ('maze', 'sort', 'countdown', 'jsonl', 'math')]\n"
+        "assert not {'torch', 'transformers', 'sympy', 'datasets', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

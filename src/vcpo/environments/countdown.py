@@ -1,5 +1,8 @@
 """Countdown: ``3 5 7=22:`` asks for an expression that uses each number once and equals the target, such
 as ``3*5+7``. Checked by a parser of its own in exact rational arithmetic; nothing is evaluated.
+
+A large model is asked in words, by ``environment.template``, and may reason before it answers: see
+:func:`answer_in`.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from operator import add, floordiv, mul, sub
 from typing import NamedTuple
 
 from vcpo.config import EnvironmentConfig
+from vcpo.environments.answers import last_boxed
 from vcpo.environments.protocol import Codec, Demonstration, Episode, Problem, Split
 from vcpo.environments.splits import draw
+from vcpo.environments.templates import check_template, fill
 from vcpo.errors import ConfigError
 
 LARGEST_NUMBER = 20
@@ -27,6 +32,11 @@ MAX_EXPRESSION = 200
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, "/": floordiv}
 TOKEN = re.compile(r"[0-9]+|[^ ]")
+ANSWER_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+SPELLINGS = {"\\times": "*", "\\cdot": "*", "\\div": "/", "×": "*", "÷": "/", "\N{MINUS SIGN}": "-"}
+"""How else an operator may be written in a marked answer."""
+
+SIGNS = re.compile("|".join(map(re.escape, SPELLINGS)))
 
 
 class Puzzle(NamedTuple):
@@ -38,19 +48,21 @@ class Puzzle(NamedTuple):
 
 
 class Countdown:
-    """``size`` numbers of 1 to 20 and a target of 1 to 99, solvable by construction; reward 1 for an
-    expression that is right, followed by an end."""
+    """``size`` numbers of 1 to 20 and a target of 1 to 99, solvable by construction; reward 1 for a response
+    whose answer is right, and that came to its end."""
 
     def __init__(self, codec: Codec, config: EnvironmentConfig) -> None:
         self._codec, self._size, self._max_tokens = codec, config.size, config.max_tokens
+        self._template = config.template
         _check(config)
         for split in ("train", "held_out"):
             self.problem(0, split)
 
     @classmethod
     def alphabet(cls, config: EnvironmentConfig) -> str:
-        """Digits, operators, parentheses and the separators."""
-        return "0123456789+-*/() =:"
+        """Digits, operators, parentheses, the separators, and what the template has besides."""
+        known = "0123456789+-*/() =:"
+        return known + "".join(sorted({*config.template} - {*known}))
 
     def problem(self, index: int, split: Split) -> Problem:
         """Numbers independent and uniform, target that of a random expression tree over them."""
@@ -58,8 +70,8 @@ class Countdown:
 
     def check_context(self, context_length: int) -> None:
         """Raise ConfigError if the longest prompt and the longest solution would not fit."""
-        prompt = _prompt([LARGEST_NUMBER] * self._size, LARGEST_TARGET)
-        needed = len(self._codec.encode(prompt)) + _longest_answer(self._size)
+        largest = Puzzle((LARGEST_NUMBER,) * self._size, LARGEST_TARGET, "")
+        needed = len(self._shown(largest)) + _longest_answer(self._size)
         if needed > context_length:
             raise ConfigError(
                 f"countdown with {self._size} numbers needs {needed} tokens and the context holds "
@@ -67,20 +79,30 @@ class Countdown:
             )
 
     async def play(self, problem: Problem, episode: Episode) -> float:
-        """One answer, judged by :func:`check_expression`."""
+        """One response, whose answer is judged by :func:`check_expression`."""
         puzzle: Puzzle = problem.answer
-        episode.observe(self._codec.encode(problem.prompt))
-        answer = await episode.act(self._max_tokens)
-        ended = bool(answer) and answer[-1] == self._codec.end_id
-        text = self._codec.decode(answer)
+        episode.observe(self._shown(puzzle))
+        response = await episode.act(self._max_tokens)
+        ended = episode.outcome != "truncated"
+        text = answer_in(self._codec.decode(response))
         return float(ended and check_expression(text, puzzle.numbers, puzzle.target))
 
     def demonstrations(self, seed: int) -> Iterator[Demonstration]:
         """Solutions of training puzzles."""
         rng = random.Random(seed)
         while True:
-            problem = self.problem(rng.getrandbits(40), "train")
-            yield Demonstration.of_answer(self._codec, problem.prompt, problem.answer.solution)
+            puzzle: Puzzle = self.problem(rng.getrandbits(40), "train").answer
+            shown = self._shown(puzzle)
+            learned = [*self._codec.encode(puzzle.solution), self._codec.end_id]
+            yield Demonstration(shown + learned, [False] * len(shown) + [True] * len(learned))
+
+    def _shown(self, puzzle: Puzzle) -> list[int]:
+        """The short prompt as it stands; the template as a message to the model."""
+        if not self._template:
+            return self._codec.encode(_prompt(puzzle.numbers, puzzle.target))
+        numbers = ", ".join(map(str, puzzle.numbers))
+        text = fill(self._template, numbers=numbers, target=str(puzzle.target))
+        return self._codec.encode_prompt(text)
 
     def _propose(self, rng: random.Random) -> tuple[str, Puzzle] | None:
         numbers = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(self._size))
@@ -88,6 +110,20 @@ class Countdown:
         if tree is None or not 1 <= tree.value <= LARGEST_TARGET:
             return None
         return _prompt(numbers, tree.value), Puzzle(numbers, tree.value, tree.text)
+
+
+def answer_in(response: str) -> str:
+    """The expression that a response gives as its answer: what the last ``\\boxed{}`` contains, else what is
+    between the last ``<answer>`` and ``</answer>``, else the response itself.
+
+    In a box or between tags, white space around it does not count, and LaTeX's signs and × and ÷ are read too.
+    """
+    marked = last_boxed(response)
+    if marked is None:
+        if not (tagged := ANSWER_TAGS.findall(response)):
+            return response
+        marked = tagged[-1]
+    return SIGNS.sub(lambda sign: SPELLINGS[sign[0]], marked).strip()
 
 
 def check_expression(text: str, numbers: Sequence[int], target: int) -> bool:
@@ -204,6 +240,8 @@ def _longest_answer(size: int) -> int:
 
 
 def _check(config: EnvironmentConfig) -> None:
+    if config.template:
+        check_template(config.template, ["numbers", "target"])
     if config.size > MAX_SIZE:
         raise ConfigError(
             f"environment.size = {config.size}: countdown gives at most {MAX_SIZE} numbers; lower it"

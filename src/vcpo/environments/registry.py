@@ -16,6 +16,7 @@ BUILT_IN = {
     "sort": "vcpo.environments.sort:Sort",
     "countdown": "vcpo.environments.countdown:Countdown",
     "jsonl": "vcpo.environments.jsonl:JsonLines",
+    "math": "vcpo.environments.mathematics:Mathematics",
 }
 
 
