@@ -13,12 +13,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vcpo.config.recipes import find_recipe, recipe_names
-from vcpo.config.sections import Config
+from vcpo.config.sections import Config, EnvironmentConfig
 from vcpo.config.settings import SETTINGS, Setting, hint
 from vcpo.errors import ConfigError
 
 LONGEST_QUOTE = 60
 """Characters of a wrong value that an error repeats."""
+
+SOURCES = {
+    "path": ("dataset", "dataset_config", "split", "held_out_split"),
+    "dataset": ("path", "held_out_path"),
+}
+"""Settings that say where problems come from, and those of [environment] that go with the other one."""
 
 
 def load_config(recipe: Path | str | None, overrides: Sequence[str] = ()) -> Config:
@@ -48,6 +54,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """
     data = config.model_dump()
     given = dict(_pairs(overrides))
+    _forget_replaced_source(data["environment"], given)
     for dotted, text in given.items():
         setting = SETTINGS[dotted]
         data[setting.section][setting.name] = from_text(setting, text)
@@ -55,6 +62,16 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_describe(error, [f"--{dotted}" for dotted in given], "--")) from error
+
+
+def _forget_replaced_source(environment: dict[str, Any], given: Mapping[str, str]) -> None:
+    """A file that is given takes the place of a recipe's data set, and a data set that of its file: what
+    belongs to the other one goes back to its default, unless it is given too."""
+    defaults = EnvironmentConfig()
+    for source, of_the_other in SOURCES.items():
+        if given.get(f"environment.{source}"):
+            for name in of_the_other:
+                environment[name] = getattr(defaults, name)
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from vcpo.environments.protocol import (
     Codec,
     ContextChecked,
+    DataEnvironment,
     DemonstratingEnvironment,
     Demonstration,
     Environment,
@@ -17,6 +18,7 @@ from vcpo.environments.registry import environment_class
 __all__ = [
     "Codec",
     "ContextChecked",
+    "DataEnvironment",
     "DemonstratingEnvironment",
     "Demonstration",
     "Environment",

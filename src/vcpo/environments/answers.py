@@ -5,25 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BOXES = re.compile(r"\\boxed\s*\{|\\boxed\s+(?P<bare>[^\s{}$\\]+)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
 def last_boxed(text: str) -> str | None:
     """What the last complete ``\\boxed{...}`` contains, braces inside it included; None if there is none.
 
-    Of boxes inside boxes the innermost. One pass, so that a text full of open boxes takes no longer.
+    Of boxes inside boxes the innermost; ``\\boxed 7`` is one too. One pass, so that a text full of open boxes
+    takes no longer.
     """
     last, last_start = None, -1
     opened: list[int | None] = []
     """For every open brace: where its box begins, None if it is no box's."""
-    for found in _BRACES.finditer(text):
-        if found[0].endswith("{") and not found[0] == "\\{":
-            opened.append(found.end() if found[0] != "{" else None)
-        elif found[0] == "}" and opened:
-            start = opened.pop()
+    for found in _BOXES.finditer(text):
+        if found["bare"]:
+            last, last_start = found["bare"].rstrip(".,;"), found.start("bare")
+        elif found["open"]:
+            opened.append(None)
+        elif found["close"]:
+            start = opened.pop() if opened else None
             if start is not None and start > last_start:
                 last, last_start = text[start : found.start()].strip(), start
+        elif found[0].endswith("{") and found[0] != "\\{":
+            opened.append(found.end())
     return last
 
 

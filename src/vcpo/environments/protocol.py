@@ -21,7 +21,7 @@ A complete environment of one turn::
 Name it in a recipe as ``environment.kind = "my_package.my_module:Echo"``. What it may offer beyond that is
 one small protocol each: an alphabet (``SmallModelEnvironment``), demonstrations
 (``DemonstratingEnvironment``), a check against the model's context (``ContextChecked``), the number of its
-problems (``FiniteEnvironment``).
+problems (``FiniteEnvironment``), what a plan says of its data (``DataEnvironment``).
 """
 
 from __future__ import annotations
@@ -140,6 +140,20 @@ class FiniteEnvironment(Protocol):
 
     def problem_count(self, split: Split) -> int:
         """Problems of the split before its stream starts over."""
+        ...
+
+
+@runtime_checkable
+class DataEnvironment(Protocol):
+    """An environment whose problems come from a file or a hub, as a plan says before anything runs.
+
+    A class method, because a plan has no model, and so no codec to construct an environment with.
+    """
+
+    @classmethod
+    def data_text(cls, config: Any) -> str:
+        """Where the problems come from and how many there are, in one line. Raises DataError, and
+        UnreachableDataError for what only a run needs to have."""
         ...
 
 

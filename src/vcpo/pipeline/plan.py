@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from vcpo.config import Config
-from vcpo.errors import ModelError
+from vcpo.environments.protocol import DataEnvironment
+from vcpo.environments.registry import environment_class
+from vcpo.errors import ModelError, UnreachableDataError
 from vcpo.pipeline.build import algorithm_of, build_environment, small_alphabet
 from vcpo.pipeline.engines import check_engine
 from vcpo.pipeline.session import window_width
 from vcpo.pipeline.window import lag_bound
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+_HUB_SECONDS = 5.0
+"""How long a plan waits for the hub to answer at all."""
+
 _LOGITS = 14
 """Bytes for each token and entry of the vocabulary at the peak of a step, measured: 3.5 float32."""
 
@@ -33,9 +39,11 @@ class ModelSize:
 def plan_text(config: Config) -> str:
     """The resolved plan for people: processes, memory, tokens, bounds."""
     check_engine(config)
+    _go_offline_if_the_hub_is_silent(config)
     size = _size_if_reachable(config)
     rows = [
         ("environment", config.environment.kind),
+        *_data(config),
         ("model", _model(config, size)),
         ("algorithm", algorithm_of(config).describe().partition("\n")[0]),
         ("processes", _processes(config)),
@@ -60,11 +68,26 @@ def _processes(config: Config) -> str:
 
 def _model(config: Config, size: ModelSize | None) -> str:
     if size is None:
-        return f"{config.model.name}, not on this machine and out of its reach now: memory is not estimated"
+        name = config.model.name
+        return (
+            f"{name}, not on this machine and out of its reach now: memory is not estimated (hf download {name} "
+            "where there is a network, or set model.name to a folder)"
+        )
     text = f"{config.model.name or 'small Llama'}, {size.parameters:,} parameters, {config.model.dtype}"
     if size.adapters:
         text += f"; trained: {size.adapters:,} of adapters of rank {config.lora.rank}, float32"
     return text
+
+
+def _data(config: Config) -> list[tuple[str, str]]:
+    """Where problems come from that are not made up: read now, or what to do to have them."""
+    kind = environment_class(config.environment.kind)
+    if not isinstance(kind, DataEnvironment):
+        return []
+    try:
+        return [("data", kind.data_text(config.environment))]
+    except UnreachableDataError as error:
+        return [("data", f"not looked at: {error}")]
 
 
 def _memory(config: Config, size: ModelSize) -> list[tuple[str, str]]:
@@ -113,6 +136,21 @@ def _amounts(config: Config, context_length: int) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def _go_offline_if_the_hub_is_silent(config: Config) -> None:
+    """Go offline for the rest of this process if the hub does not answer: each of the libraries that read
+    from it would try for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    from vcpo.policy.loading import is_hub_id
+
+    if constants.HF_HUB_OFFLINE or not (is_hub_id(config.model.name) or is_hub_id(config.environment.dataset)):
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception:  # of whatever HTTP library the hub's package uses
+        constants.HF_HUB_OFFLINE = True
+
+
 def _size_if_reachable(config: Config) -> ModelSize | None:
     """None for a hub id whose config cannot be read here: a plan needs no network."""
     from vcpo.policy.loading import is_hub_id
@@ -150,8 +188,10 @@ def _model_size(config: Config) -> ModelSize:
         context_length=supported_context(text, config.model),
         vocabulary=text.vocab_size,
     )
-    # The environment reads its data here, so a plan that is printed is one whose data can be used.
-    build_environment(config, TokenizerCodec(tokenizer, config.model.name), size.context_length)
+    # The environment reads its data here, so a plan that is printed is one whose data can be used, unless it is
+    # elsewhere, which the plan says.
+    with contextlib.suppress(UnreachableDataError):
+        build_environment(config, TokenizerCodec(tokenizer, config.model.name), size.context_length)
     return size
 
 
