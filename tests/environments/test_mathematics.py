@@ -154,9 +154,11 @@ def test_a_child_that_died_is_an_error_and_then_replaced(checker: AnswerChecker)
 
 def test_a_child_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.py"
-    broken.write_text("print('{\"error\": \"ImportError: antlr\"}')")
+    broken.write_text('print(\'{"error": "ImportError: antlr"}\')')
     monkeypatch.setattr(checking_process, "__file__", str(broken))
-    with pytest.raises(EnvironmentFailure, match=r"cannot be used: ImportError: antlr; pip install 'vcpo\[math\]'"):
+    with pytest.raises(
+        EnvironmentFailure, match=r"cannot be used: ImportError: antlr; pip install 'vcpo\[math\]'"
+    ):
         is_right(AnswerChecker(), r"\boxed{2}", "3")
     broken.write_text("raise SystemExit(7)")
     with pytest.raises(EnvironmentFailure, match="cannot be used: .* ended with code 7"):
@@ -167,7 +169,9 @@ def test_a_child_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_math_verify(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        checking.importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest)
+        checking.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == package else real(name, *rest),
     )
     with pytest.raises(ConfigError, match=rf"\({package} is not installed\): pip install 'vcpo\[math\]'"):
         AnswerChecker()
@@ -215,13 +219,20 @@ def played(environment: Mathematics, answer: str) -> tuple[float, str]:
     episode = Episode(OneAnswer(answer), seed=0, session=0, stop=frozenset((END,)))
     reward = asyncio.run(environment.play(environment.problem(0, "train"), episode))
     record = episode.trajectory(reward)
-    return reward, CODEC.decode([t for t, acted in zip(record.tokens, record.action_mask, strict=True) if not acted])
+    return reward, CODEC.decode(
+        [t for t, acted in zip(record.tokens, record.action_mask, strict=True) if not acted]
+    )
 
 
 def test_episodes(tmp_path: Path, checker: AnswerChecker) -> None:
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps({"problem": "Halve {1}.", "solution": "It is $\\boxed{\\frac12}$."}) + "\n")
-    settings = {"path": str(path), "prompt_field": "problem", "answer_field": "solution", "answer_form": "boxed"}
+    settings = {
+        "path": str(path),
+        "prompt_field": "problem",
+        "answer_field": "solution",
+        "answer_form": "boxed",
+    }
     config = EnvironmentConfig.model_validate({"kind": "math", "max_tokens": 99, **settings})
     environment = Mathematics(CODEC, config)
     for protocol in (Environment, DataEnvironment, FiniteEnvironment):

@@ -54,7 +54,8 @@ def message(**settings: Any) -> str:
 def test_parquet_and_json_lines_are_read_alike(tmp_path: Path) -> None:
     rows = gsm8k(1990, 40)
     read = [
-        read_problems(config_of(path=write(tmp_path / name, rows), **GSM8K)) for name in ("a.jsonl", "b.parquet")
+        read_problems(config_of(path=write(tmp_path / name, rows), **GSM8K))
+        for name in ("a.jsonl", "b.parquet")
     ]
     for problems in read:
         found = {line.prompt: line.answer for line in problems.train + problems.held_out}
@@ -88,7 +89,9 @@ def data_set(folder: Path, **splits: list[dict[str, Any]]) -> str:
 
 
 def test_a_data_set_and_its_test_split(tmp_path: Path) -> None:
-    rows = [{"problem": f"p{i}", "solution": f"$\\boxed{{\\frac{{{i}}}{{7}}}}$", "level": 1} for i in range(20)]
+    rows = [
+        {"problem": f"p{i}", "solution": f"$\\boxed{{\\frac{{{i}}}{{7}}}}$", "level": 1} for i in range(20)
+    ]
     name = data_set(tmp_path / "math", train=rows[:12], test=rows[10:])
     problems = read_problems(config_of(dataset=name, **MATH))
     assert [line.answer for line in problems.train] == [f"\\frac{{{i}}}{{7}}" for i in range(10)]
@@ -173,7 +176,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing.write_bytes(b"PAR1 but nothing more")
     assert f"{missing}: is not readable as Parquet" in message(path=str(missing))
     empty = write(tmp_path / "empty.jsonl", [])
-    assert "has no problems; write one JSON object a line, with question and answer" in message(path=empty, **GSM8K)
+    assert "has no problems; write one JSON object a line, with question and answer" in message(
+        path=empty, **GSM8K
+    )
     none = pyarrow.table({"prompt": pyarrow.array([], "string"), "answer": pyarrow.array([], "string")})
     pyarrow.parquet.write_table(none, tmp_path / "none.parquet")
     assert "has no problems" in message(path=str(tmp_path / "none.parquet"))

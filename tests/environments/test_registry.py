@@ -64,7 +64,10 @@ def test_a_class_of_your_own(own_folder: Path) -> None:
         ("mace", "'mace' is unknown; did you mean 'maze'?"),
         ("JSONL", "did you mean 'jsonl'?"),
         ("count_down", "did you mean 'countdown'?"),
-        ("zzz", "'zzz' is unknown; it is one of maze, sort, countdown, jsonl, math, or module:Class of your own"),
+        (
+            "zzz",
+            "'zzz' is unknown; it is one of maze, sort, countdown, jsonl, math, or module:Class of your own",
+        ),
         ("", "'' is unknown"),
         (":Good", "write it as module:Class"),
         ("own_environments:", "write it as module:Class"),

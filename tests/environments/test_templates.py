@@ -26,9 +26,17 @@ def test_braces_that_are_no_placeholders(template: str) -> None:
     ("template", "names", "message"),
     [
         ("Solve it.", ["prompt"], r"environment.template lacks {prompt}: it must contain {prompt}"),
-        ("{prompt} {question}", ["prompt"], r"environment.template has {question}, and all it can show is {prompt}"),
+        (
+            "{prompt} {question}",
+            ["prompt"],
+            r"environment.template has {question}, and all it can show is {prompt}",
+        ),
         ("{numbers}", ["numbers", "target"], r"lacks {target}: it must contain {numbers} and {target}"),
-        ("{numbers} {target} {prompt}", ["numbers", "target"], r"has {prompt}, and all it can show is {numbers} and"),
+        (
+            "{numbers} {target} {prompt}",
+            ["numbers", "target"],
+            r"has {prompt}, and all it can show is {numbers} and",
+        ),
     ],
 )
 def test_wrong_templates(template: str, names: list[str], message: str) -> None:

@@ -50,7 +50,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """``config`` with the given fields replaced, all checked together.
 
     The text of a value is read as its field's type: ``true`` and ``false``, lists with commas, and nothing
-    (``--algorithm.truncation=``) for a field that may be unset.
+    (``--algorithm.truncation=``) for a field that may be unset and for an empty list.
     """
     data = config.model_dump()
     given = dict(_pairs(overrides))

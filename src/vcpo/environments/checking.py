@@ -125,7 +125,9 @@ class _Process:
             ready = {"error": error}
         if "error" in ready:
             self.end()
-            raise EnvironmentFailure(f"math-verify cannot be used: {ready['error']}; pip install 'vcpo[math]'")
+            raise EnvironmentFailure(
+                f"math-verify cannot be used: {ready['error']}; pip install 'vcpo[math]'"
+            )
 
     def ask(self, request: dict[str, Any]) -> bool:
         """The reply to ``request``; raises _EndedError."""

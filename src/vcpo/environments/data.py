@@ -72,7 +72,9 @@ def read_problems(config: EnvironmentConfig) -> Problems:
     if not kept:
         raise DataError(f"{source}: every problem is held out; give other problems to train on")
     if len(kept) < len(train):
-        log.warning("%s: %d problems are held out too and left out of training", source, len(train) - len(kept))
+        log.warning(
+            "%s: %d problems are held out too and left out of training", source, len(train) - len(kept)
+        )
     return Problems(kept, _mixed(held_out), source)
 
 
@@ -138,7 +140,9 @@ def _json_line(raw: bytes, place: str, number: int, config: EnvironmentConfig) -
         fail(f"is not a JSON object with {config.prompt_field} and {config.answer_field}")
     for setting in ("prompt_field", "answer_field"):
         if (name := getattr(config, setting)) not in record:
-            fail(f"has no field {name!r} (environment.{setting}); its fields are {', '.join(record) or 'none'}")
+            fail(
+                f"has no field {name!r} (environment.{setting}); its fields are {', '.join(record) or 'none'}"
+            )
     return _line(record, place, number, config, fail)
 
 
@@ -196,7 +200,9 @@ def _line(
 
 def _text(record: Mapping[str, Any], name: str, fail: Callable[[str], NoReturn]) -> str:
     value = record[name]
-    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = (
+        isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
+    )
     text = str(value) if is_number else value
     if not isinstance(text, str):
         fail(f"{name} must be a string or a number")

@@ -143,7 +143,9 @@ def _go_offline_if_the_hub_is_silent(config: Config) -> None:
 
     from vcpo.policy.loading import is_hub_id
 
-    if constants.HF_HUB_OFFLINE or not (is_hub_id(config.model.name) or is_hub_id(config.environment.dataset)):
+    if constants.HF_HUB_OFFLINE or not (
+        is_hub_id(config.model.name) or is_hub_id(config.environment.dataset)
+    ):
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
