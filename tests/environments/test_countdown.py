@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vcpo.config import EnvironmentConfig
-from vcpo.environments.countdown import MAX_EXPRESSION, Countdown, check_expression
+from vcpo.environments.countdown import MAX_EXPRESSION, Countdown, answer_in, check_expression
 from vcpo.environments.protocol import (
     ContextChecked,
     DemonstratingEnvironment,
@@ -66,7 +66,7 @@ class OneAnswer:
         return ""
 
 
-def countdown_of(**settings: int) -> tuple[Countdown, CharCodec]:
+def countdown_of(**settings: int | str) -> tuple[Countdown, CharCodec]:
     config = EnvironmentConfig.model_validate({"kind": "countdown", **settings})
     codec = CharCodec(Countdown.alphabet(config))
     return Countdown(codec, config), codec
@@ -326,6 +326,73 @@ def test_play(ending: list[int], reward: float) -> None:
     assert record.versions.tolist() == [-1] * len(shown) + [3] * len(answer)
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("3*5+7", "3*5+7"),
+        ("so <answer> 3 * 5 + 7 </answer>", "3 * 5 + 7"),
+        ("<answer>3+5</answer> no, <answer>\n3*5+7\n</answer>", "3*5+7"),
+        ("<answer>3+5 <answer>3*5+7</answer>", "3*5+7"),
+        (r"so $\boxed{3 \times 5 + 7}$", "3 * 5 + 7"),
+        (r"\boxed{8 \div (4 \cdot 2)}", "8 / (4 * 2)"),
+        ("<answer>8 ÷ 4 × 2</answer>", "8 / 4 * 2"),
+        (r"<answer>1+1</answer> \boxed{3*5+7}", "3*5+7"),
+        ("<answer>3*5+7", "<answer>3*5+7"),
+        ("3 × 5", "3 × 5"),
+        ("", ""),
+    ],
+)
+def test_where_the_answer_of_a_response_is(response: str, answer: str) -> None:
+    assert answer_in(response) == answer
+
+
+TEMPLATE = "Make {target} of {numbers}.\n"
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("First 3*5. <answer>{}</answer>", 1.0),
+        ("First 3*5. \\boxed{{{}}}.", 1.0),
+        ("{}", 1.0),
+        ("First 3*5. {}", 0.0),
+        ("<answer>{}</answer><answer>1</answer>", 0.0),
+    ],
+)
+def test_a_large_model_is_asked_in_words_and_may_reason(response: str, reward: float) -> None:
+    config = EnvironmentConfig.model_validate(
+        {"kind": "countdown", "size": 3, "max_tokens": 60, "template": TEMPLATE}
+    )
+    codec = CharCodec(Countdown.alphabet(config) + "Fist<>wxd\\{}")
+    countdown = Countdown(codec, config)
+    problem = countdown.problem(0, "train")
+    assert problem == COUNTDOWN.problem(0, "train")  # the words decide neither puzzle nor split
+    puzzle = problem.answer
+    answer = [*codec.encode(response.format(puzzle.solution)), END]
+    episode = Episode(OneAnswer(answer), seed=0, session=0, stop=frozenset((END,)))
+    record = episode.trajectory(asyncio.run(countdown.play(problem, episode)))
+    shown = f"Make {puzzle.target} of {', '.join(map(str, puzzle.numbers))}.\n"
+    assert codec.decode(record.tokens.tolist()) == shown + response.format(puzzle.solution)
+    assert record.reward == reward
+    (demonstration,) = islice(countdown.demonstrations(0), 1)
+    assert codec.decode(demonstration.tokens).startswith("Make ")
+    longest = len("Make 99 of 20, 20, 20.\n") + 11
+    countdown.check_context(longest)
+    with pytest.raises(ConfigError, match=rf"needs {longest} tokens .* holds {longest - 1}"):
+        countdown.check_context(longest - 1)
+
+
+def test_an_end_token_of_another_kind_ends_too() -> None:
+    """Chat models often end a turn with a token that is not the tokenizer's end."""
+    turn_end = len(CODEC.alphabet)  # the last character, as the model's own stop token
+    problem = COUNTDOWN.problem(0, "train")
+    answer = [*CODEC.encode(problem.answer.solution), turn_end]
+    episode = Episode(OneAnswer(answer), seed=0, session=0, stop=frozenset((END, turn_end)))
+    assert episode.outcome == "finished"
+    asyncio.run(COUNTDOWN.play(problem, episode))
+    assert episode.outcome == "finished"
+
+
 def test_an_empty_answer_is_wrong() -> None:
     episode = Episode(OneAnswer([END]), seed=0, session=0, stop=frozenset((END,)))
     assert asyncio.run(COUNTDOWN.play(COUNTDOWN.problem(0, "train"), episode)) == 0.0
@@ -333,9 +400,14 @@ def test_an_empty_answer_is_wrong() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"size": 7}, "at most 6 numbers"), ({"size": 4, "max_tokens": 15}, "take up to 16 tokens")],
+    [
+        ({"size": 7}, "at most 6 numbers"),
+        ({"size": 4, "max_tokens": 15}, "take up to 16 tokens"),
+        ({"template": "Make {target}."}, r"template lacks \{numbers\}"),
+        ({"template": "Make {target} of {numbers} for {prompt}."}, r"template has \{prompt\}"),
+    ],
 )
-def test_impossible_settings(settings: dict[str, int], message: str) -> None:
+def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         countdown_of(**settings)
 

@@ -161,7 +161,7 @@ def test_a_child_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         is_right(AnswerChecker(), r"\boxed{2}", "3")
     broken.write_text("raise SystemExit(7)")
-    with pytest.raises(EnvironmentFailure, match="cannot be used: .* ended with code 7"):
+    with pytest.raises(EnvironmentFailure, match=r"cannot be used: .* ended with code 7"):
         is_right(AnswerChecker(), r"\boxed{2}", "3")
 
 
@@ -244,7 +244,7 @@ def test_episodes(tmp_path: Path, checker: AnswerChecker) -> None:
     own = config.model_copy(update={"template": "Q: {prompt}\nA: \\boxed{"})
     assert Mathematics.alphabet(own) == "".join(sorted({*"Q: Halve {1}.\nA: \\boxed{", *"\\frac12"}))
     assert played(Mathematics(CODEC, own), "\\boxed{\\frac12}") == (1.0, "Q: Halve {1}.\nA: \\boxed{")
-    with pytest.raises(ConfigError, match="template lacks {prompt}"):
+    with pytest.raises(ConfigError, match=r"template lacks \{prompt\}"):
         Mathematics(CODEC, config.model_copy(update={"template": "Solve."}))
     environment.check_context(len(CODEC.encode_prompt(shown)) + 1)
     with pytest.raises(ConfigError, match=r"problems\.jsonl, line 1: the prompt takes"):

@@ -143,7 +143,8 @@ def test_unknown_splits_and_fields_list_those_there_are(tmp_path: Path) -> None:
         dataset=name, held_out_split="dev", **GSM8K
     )
     assert message(dataset=name) == (
-        f"{name} (train): has no field 'prompt'; its fields are question, answer: set environment.prompt_field"
+        f"{name} (train): has no field 'prompt'; its fields are question, answer: "
+        "set environment.prompt_field"
     )
     table = write(tmp_path / "t.parquet", gsm8k(0, 9))
     assert message(path=table, prompt_field="question", answer_field="solution") == (
@@ -213,6 +214,6 @@ def test_no_program_of_a_data_set_is_run(tmp_path: Path) -> None:
     folder = tmp_path / "hostile"
     folder.mkdir()
     (folder / "hostile.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n")
-    with pytest.raises(DataError, match="cannot load the data set|no data set"):
+    with pytest.raises(DataError, match=r"cannot load the data set|no data set"):
         read_problems(config_of(dataset=str(folder)))
     assert not (tmp_path / "was_run").exists()

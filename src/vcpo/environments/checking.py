@@ -1,11 +1,12 @@
 """Answers checked by math-verify, in processes of their own.
 
 A model can write expressions that keep a computer algebra system busy for ever, or that fill the memory, and
-math-verify's own time limit needs the signals of the main thread. So each check runs in a child process with a
-limit on its CPU time and on its memory, which the operating system enforces by ending the process: nothing in
-it can hold up the sampler. A child that was ended is replaced by the next check that needs one.
+math-verify's own time limit needs the signals of the main thread. So each check runs in a child process with
+a limit on its CPU time and on its memory, which the operating system enforces: nothing in it can hold up the
+sampler. A child that was ended is replaced by the next check that needs one.
 
-Parent and child talk in lines of JSON; nothing is pickled. :mod:`vcpo.environments.checking_process` is the child.
+Parent and child talk in lines of JSON; nothing is pickled. The child is
+:mod:`vcpo.environments.checking_process`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class AnswerChecker:
         missing = [name for name in ("math_verify", "antlr4") if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigError(
-                f"checking answers needs math-verify ({missing[0]} is not installed): pip install 'vcpo[math]'"
+                f"checking answers needs math-verify ({missing[0]} is not installed): "
+                "pip install 'vcpo[math]'"
             )
         self._cpu_seconds = cpu_seconds
         self._idle: list[_Process] = []

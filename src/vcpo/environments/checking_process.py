@@ -1,8 +1,8 @@
 """The child of :mod:`vcpo.environments.checking`: one line of JSON in, one line out, until its input ends.
 
-Time limits are timers whose signals are not handled, so that the operating system ends the process even inside
-a computation that never returns to Python. CPU time counts, so that a busy machine changes no reward; wall time
-ends what waits without computing.
+Time limits are timers whose signals are not handled, so that the operating system ends the process even
+inside a computation that never returns to Python. CPU time counts, so that a busy machine changes no reward;
+wall time ends what waits without computing.
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ MAX_SIZE = 6
 MAX_EXPRESSION = 200
 """Characters of the longest expression read: a bound on the parser's recursion."""
 
+NUMBER_SEPARATOR = ", "
+"""Between the numbers in a template."""
+
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, "/": floordiv}
 TOKEN = re.compile(r"[0-9]+|[^ ]")
@@ -60,9 +63,10 @@ class Countdown:
 
     @classmethod
     def alphabet(cls, config: EnvironmentConfig) -> str:
-        """Digits, operators, parentheses, the separators, and what the template has besides."""
+        """Digits, operators, parentheses, the separators, and what is shown besides by the template."""
         known = "0123456789+-*/() =:"
-        return known + "".join(sorted({*config.template} - {*known}))
+        shown = fill(config.template, numbers=NUMBER_SEPARATOR, target="")
+        return known + "".join(sorted({*shown} - {*known}))
 
     def problem(self, index: int, split: Split) -> Problem:
         """Numbers independent and uniform, target that of a random expression tree over them."""
@@ -100,7 +104,7 @@ class Countdown:
         """The short prompt as it stands; the template as a message to the model."""
         if not self._template:
             return self._codec.encode(_prompt(puzzle.numbers, puzzle.target))
-        numbers = ", ".join(map(str, puzzle.numbers))
+        numbers = NUMBER_SEPARATOR.join(map(str, puzzle.numbers))
         text = fill(self._template, numbers=numbers, target=str(puzzle.target))
         return self._codec.encode_prompt(text)
 
@@ -116,7 +120,7 @@ def answer_in(response: str) -> str:
     """The expression that a response gives as its answer: what the last ``\\boxed{}`` contains, else what is
     between the last ``<answer>`` and ``</answer>``, else the response itself.
 
-    In a box or between tags, white space around it does not count, and LaTeX's signs and × and ÷ are read too.
+    In a box or between tags, white space around it does not count, and LaTeX's signs, × and ÷ are read too.
     """
     marked = last_boxed(response)
     if marked is None:

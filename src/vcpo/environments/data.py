@@ -56,13 +56,13 @@ class Problems(NamedTuple):
 def read_problems(config: EnvironmentConfig) -> Problems:
     """The problems that ``config`` names.
 
-    Raises ConfigError if it names none; DataError (file, line, what to do) for anything that is not a problem,
-    a file without any, an unknown split; UnreachableDataError for a data set that cannot be had here and now.
+    Raises ConfigError if it names none; DataError (file, line, what to do) for anything that is not a
+    problem, a file without any, an unknown split; UnreachableDataError for a data set that cannot be had now.
     """
     if not config.path and not config.dataset:
         raise ConfigError(
-            f"environment.kind = {config.kind!r} needs problems: set environment.path (a file of JSON lines or "
-            "Parquet) or environment.dataset (a data set on a hub)"
+            f"environment.kind = {config.kind!r} needs problems: set environment.path (a file of JSON lines "
+            "or Parquet) or environment.dataset (a data set on a hub)"
         )
     train, held_out, source = _from_files(config) if config.path else _from_data_set(config)
     if held_out is None:
@@ -166,7 +166,8 @@ def _check_columns(columns: list[str], source: str, config: EnvironmentConfig) -
     for setting in ("prompt_field", "answer_field"):
         if (name := getattr(config, setting)) not in columns:
             raise DataError(
-                f"{source}: has no field {name!r}; its fields are {', '.join(columns)}: set environment.{setting}"
+                f"{source}: has no field {name!r}; its fields are {', '.join(columns)}: "
+                f"set environment.{setting}"
             )
 
 
@@ -263,9 +264,9 @@ def _load(config: EnvironmentConfig) -> Mapping[str, Any]:
         raise DataError(f"no data set {name!r}: {reason}; check environment.dataset") from error
     except OSError as error:
         raise UnreachableDataError(
-            f"the data set {name!r} is not on this machine and out of its reach now; download it where there is a "
-            f"network (hf download {name} --repo-type dataset --local-dir FOLDER) and set environment.dataset to "
-            "the folder, or environment.path to a file of it"
+            f"the data set {name!r} is not on this machine and out of its reach now; download it where there "
+            f"is a network (hf download {name} --repo-type dataset --local-dir FOLDER) and set "
+            "environment.dataset to the folder, or environment.path to a file of it"
         ) from error
     except Exception as error:  # whatever a reader of tables says of a table
         reason = _first_sentence(error)

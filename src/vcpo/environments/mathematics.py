@@ -1,8 +1,7 @@
 """Mathematics with known answers (GSM8K, MATH), one turn, checked by math-verify.
 
-Departure from the official code of VCPO (arXiv 2602.17616), whose recipes use the rewards of verl: those compare
-GSM8K's answers as text after ``####`` and MATH's by a normalisation of strings. Here one rule is for all:
-:meth:`vcpo.environments.checking.AnswerChecker.is_right`.
+Departure from the official code of VCPO (arXiv 2602.17616), which builds on the rewards of verl: here one
+rule is for all, :meth:`vcpo.environments.checking.AnswerChecker.is_right`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ REQUEST = "Please reason step by step, and put your final answer within \\boxed{
 
 
 class Mathematics(SingleTurn):
-    """Problems whose answers are numbers, expressions, intervals, sets, matrices; reward 1 for an equal one."""
+    """Problems whose answers are numbers, expressions, intervals, sets, matrices; reward 1 for an equal
+    one."""
 
     default_template: ClassVar[str] = "{prompt}\n" + REQUEST
 

@@ -1,8 +1,8 @@
 """What the model is shown around a problem: a text in which ``{prompt}`` and the like stand for its parts.
 
 Not :meth:`str.format`, because templates about mathematics are full of braces that mean themselves, as in
-``\\boxed{}`` and ``\\frac{a}{b}``. Only a word in braces that no command or brace comes right before is taken for
-a placeholder.
+``\\boxed{}`` and ``\\frac{a}{b}``. Only a word in braces that no command or brace comes right before is taken
+for a placeholder.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ def check_template(template: str, names: Sequence[str]) -> None:
     """Raise ConfigError for a template that lacks one of ``names`` in braces, or has another one."""
     allowed = " and ".join(f"{{{name}}}" for name in names)
     if missing := [name for name in names if f"{{{name}}}" not in template]:
-        raise ConfigError(
-            f"environment.template lacks {{{missing[0]}}}: it must contain {allowed}, where they are to be shown"
-        )
+        raise ConfigError(f"environment.template lacks {{{missing[0]}}}: it must contain {allowed}")
     if unknown := [name for name in _PLACEHOLDER.findall(template) if name not in names]:
         raise ConfigError(
-            f"environment.template has {{{unknown[0]}}}, and all it can show is {allowed}; correct or remove it"
+            f"environment.template has {{{unknown[0]}}}, and all it can show is {allowed}; remove it"
         )
 
 

@@ -70,8 +70,8 @@ def _model(config: Config, size: ModelSize | None) -> str:
     if size is None:
         name = config.model.name
         return (
-            f"{name}, not on this machine and out of its reach now: memory is not estimated (hf download {name} "
-            "where there is a network, or set model.name to a folder)"
+            f"{name}, not on this machine and out of its reach now: memory is not estimated "
+            f"(hf download {name} where there is a network, or set model.name to a folder)"
         )
     text = f"{config.model.name or 'small Llama'}, {size.parameters:,} parameters, {config.model.dtype}"
     if size.adapters:
@@ -190,8 +190,8 @@ def _model_size(config: Config) -> ModelSize:
         context_length=supported_context(text, config.model),
         vocabulary=text.vocab_size,
     )
-    # The environment reads its data here, so a plan that is printed is one whose data can be used, unless it is
-    # elsewhere, which the plan says.
+    # The environment reads its data here, so a plan that is printed is one whose data can be used, unless it
+    # is elsewhere, which the plan says.
     with contextlib.suppress(UnreachableDataError):
         build_environment(config, TokenizerCodec(tokenizer, config.model.name), size.context_length)
     return size
