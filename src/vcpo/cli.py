@@ -99,7 +99,7 @@ def train(
     if dry_run:
         from vcpo.pipeline.plan import plan_text
 
-        typer.echo(plan_text(config))
+        typer.echo(plan_text(config, resume))
         return
     from rich.console import Console
 
@@ -133,6 +133,47 @@ def eval(
     if path is None:
         raise ConfigError("name a run folder or a model: vcpo eval RUN_OR_MODEL")
     _print_figures(evaluate(Path(path), overrides, problems=problems, progress=RichProgress()))
+
+
+@app.command(context_settings=OVERRIDABLE)
+def calibrate(
+    context: typer.Context,
+    arguments: RecipeAndSettings = None,
+    groups: Annotated[int, typer.Option(min=2, help="Problems to play, each with the recipe's rollouts.")] = 64,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Stop when so many tokens were sampled.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write there, and not where runs with these settings look."),
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the ESS ratios.")] = None,
+) -> None:
+    """Measure what the sampler's numerics alone cost.
+
+    Sampler and learner get the same weights. What they say of the same tokens still differs where kernels or
+    number types do, and the more tokens an answer has, the more ESS that costs, at lag 0. This measures the
+    difference of a token, and tells the ESS ratio that on-policy data have at each length. A run with
+    on_policy_ratio = "calibrated" scales its steps relative to that, so that only lag shortens them.
+
+    \b
+    vcpo calibrate sort --sampler.dtype bfloat16      the same settings as of the run
+    vcpo train sort --sampler.dtype bfloat16 --algorithm.on_policy_ratio calibrated
+    vcpo calibrate my.toml --groups 256               four times the default: half the interval
+    vcpo calibrate my.toml --out a.json               for --algorithm.calibration a.json, on any machine
+    """
+    from rich.console import Console
+
+    from vcpo.config import default_recipe, load_config
+    from vcpo.monitor.calibration import calibration_svg, print_calibration
+    from vcpo.monitor.progress import RichProgress
+    from vcpo.runtime import calibrate as run
+
+    recipe, overrides = _split(context, arguments)
+    config = load_config(recipe or default_recipe(overrides), overrides)
+    record, path = run(config, groups=groups, tokens=tokens, out=out, progress=RichProgress())
+    print_calibration(record, Console())
+    if figure is not None:
+        figure.write_text(calibration_svg(record), encoding="utf-8")
+    typer.echo(f"written to {path}")
 
 
 @app.command(context_settings=OVERRIDABLE)

@@ -158,7 +158,7 @@ def test_resume_and_a_recipe_exclude_each_other(capsys: pytest.CaptureFixture[st
 def test_dry_run_prints_the_plan_and_runs_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]
 ) -> None:
-    def plan_text(config: Config) -> str:
+    def plan_text(config: Config, run_folder: Path | None) -> str:
         return f"lag {config.pipeline.lag}"
 
     monkeypatch.setitem(sys.modules, "vcpo.pipeline.plan", SimpleNamespace(plan_text=plan_text))

@@ -148,6 +148,8 @@ class AlgorithmConfig(Section):
     on_policy_ratio: Annotated[float, Field(gt=0, le=1)] | Literal["calibrated"] = 1.0
     """ESS ratio of on-policy data, below 1 where sampler and learner numerics differ; calibrated: found by
     ``vcpo calibrate`` for the lengths of each step."""
+    calibration: str = ""
+    """File that ``vcpo calibrate --out`` wrote; empty: the one that it keeps for this model and sampler."""
     truncation: PositiveFloat | None = None
     """Upper bound of the importance weights; unset: the algorithm's own."""
     baseline: Literal["zero", "group-mean", "leave-one-out", "optimal"] | None = None

@@ -20,6 +20,7 @@ from vcpo.estimators.importance import (
     log_ratios,
     truncate,
 )
+from vcpo.estimators.mismatch import expected_ess_ratio, measure_mismatch
 from vcpo.estimators.surrogates import (
     policy_gradient_coefficients,
     ppo_clip_active,
@@ -32,6 +33,7 @@ __all__ = [
     "ess_partials",
     "ess_ratio",
     "ess_ratio_from_partials",
+    "expected_ess_ratio",
     "group_mean",
     "group_std",
     "keep_within",
@@ -39,6 +41,7 @@ __all__ = [
     "length_normalised_log_weights",
     "log_importance_weights",
     "log_ratios",
+    "measure_mismatch",
     "optimal_baseline",
     "policy_gradient_coefficients",
     "ppo_clip_active",

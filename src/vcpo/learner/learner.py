@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from vcpo.algorithms.composition import Algorithm
 from vcpo.config import LearnerConfig
@@ -36,11 +39,19 @@ from vcpo.trajectory import Group
 log = logging.getLogger(__name__)
 
 
+OnPolicyRatio = Callable[[Tensor], float]
+"""From the sampled tokens of each trajectory in a minibatch, [B], to the ESS ratio of on-policy data."""
+
+
 class Learner:
     """Takes optimizer steps on a policy by one algorithm."""
 
     def __init__(
-        self, policy: Policy, algorithm: Algorithm, config: LearnerConfig, on_policy_ratio: float = 1.0
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        config: LearnerConfig,
+        on_policy_ratio: float | OnPolicyRatio = 1.0,
     ) -> None:
         self.policy, self.algorithm = policy, algorithm
         self._on_policy_ratio = on_policy_ratio
@@ -69,13 +80,14 @@ class Learner:
             self._accumulator.add(unit, batch, seed=self.version) for unit in self._accumulator.units(batch)
         ]
         evidence = StepEvidence.of(parts)
-        scale = float(self.algorithm.scale(evidence.ess_ratio, self._on_policy_ratio))
+        on_policy_ratio = self._on_policy_ratio_of(batch)
+        scale = float(self.algorithm.scale(evidence.ess_ratio, on_policy_ratio))
         grad_norm = self.optimizer.clip()
         version = self.version
         learning_rate = self.optimizer.step(scale)
         return {
             "loss": sum(part.loss for part in parts),
-            "on_policy_ratio": self._on_policy_ratio,
+            "on_policy_ratio": on_policy_ratio,
             "step_scale": scale,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
@@ -83,3 +95,10 @@ class Learner:
             **group_metrics(groups, version),
             "seconds_training": time.perf_counter() - begun,
         }
+
+    def _on_policy_ratio_of(self, batch: Minibatch) -> float:
+        """Of the trajectories that enter the ESS: those with sampled tokens."""
+        if not callable(self._on_policy_ratio):
+            return self._on_policy_ratio
+        lengths = [count for t in batch.trajectories if (count := t.action_count)]
+        return self._on_policy_ratio(torch.tensor(lengths)) if lengths else 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -208,5 +208,30 @@ def lag_histogram(rows: Sequence[Row]) -> Draw:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
         return True
+
+    return draw
+
+
+def ess_by_length(record: Mapping[str, Any]) -> Draw:
+    """Of a calibration: predicted on-policy ESS ratio over response length, and the measured ones."""
+    rows = record["lengths"]
+    measured = [row for row in rows if "measured" in row]
+
+    def draw(axes: Axes) -> bool:
+        lengths = [row["length"] for row in rows]
+        steps = [row["in_minibatch"] for row in rows]
+        low, high = ([step[bound] for step in steps] for bound in ("low", "high"))
+        axes.fill_between(lengths, low, high, color=ACCENT, alpha=0.2, linewidth=0)
+        axes.plot(lengths, [step["value"] for step in steps], color=ACCENT)
+        for row in measured:
+            expected = row["expected"]
+            axes.plot([row["length"]] * 2, [expected["low"], expected["high"]], color=SECOND, alpha=0.35)
+        points = [row["length"] for row in measured], [row["measured"] for row in measured]
+        axes.plot(*points, color=SECOND, linestyle="", marker="o", markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda length, _: f"{length:g}")
+        axes.set_xlabel("sampled tokens")
+        axes.set_ylim(0, 1.05)
+        return bool(rows)
 
     return draw

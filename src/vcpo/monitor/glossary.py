@@ -109,8 +109,9 @@ _METRICS = (
         "on_policy_ratio",
         "variance",
         "",
-        "ESS ratio that data without any lag would have; the step scale is relative to it.",
-        "Below 1 only where sampler and learner numerics differ.",
+        "ESS ratio that data without any lag would have; the step scale is relative to it. Set, or calibrated "
+        "for the lengths of the step.",
+        "Below 1 only where sampler and learner numerics differ; calibrated, it falls as answers grow.",
     ),
     Metric(
         "log_weight_mean",

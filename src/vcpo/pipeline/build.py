@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,6 +30,8 @@ from vcpo.environments.registry import environment_class
 from vcpo.errors import ConfigError
 from vcpo.learner.learner import Learner
 from vcpo.learner.supervised import warm_start
+from vcpo.pipeline.cache import cache_folder
+from vcpo.pipeline.calibration import find_calibration
 from vcpo.pipeline.engines import Speaker
 from vcpo.pipeline.rollout import RolloutLoop
 from vcpo.policy.loading import Policy, load_policy, small_policy
@@ -82,8 +83,12 @@ def build_policy(config: Config, listener: WarmStartListener = lambda loss: None
     return policy
 
 
-def build_learner(config: Config, policy: Policy) -> Learner:
-    return Learner(policy, algorithm_of(config), config.learner, config.algorithm.on_policy_ratio)
+def build_learner(config: Config, policy: Policy, run_folder: Path | None = None) -> Learner:
+    """``run_folder`` may have a calibration of the run's own."""
+    reference = config.algorithm.on_policy_ratio
+    if (calibration := find_calibration(config, run_folder)) is not None:
+        reference = calibration.on_policy_ratio
+    return Learner(policy, algorithm_of(config), config.learner, reference)
 
 
 def build_rollout_loop(config: Config, speaker: Speaker, sampler: Completer) -> RolloutLoop:
@@ -122,11 +127,7 @@ def _cache_folder(config: Config, environment: DemonstratingEnvironment) -> Path
         },
     }
     key = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
-    root = (
-        os.environ.get("VCPO_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcpo"
-    )
-    return Path(root) / "warm-start" / key
+    return cache_folder("warm-start") / key
 
 
 def _store(policy: Policy, folder: Path) -> None:

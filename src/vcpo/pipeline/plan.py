@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from vcpo.config import Config
 from vcpo.environments.protocol import DataEnvironment
 from vcpo.environments.registry import environment_class
 from vcpo.errors import ModelError, UnreachableDataError
 from vcpo.pipeline.build import algorithm_of, build_environment, small_alphabet
+from vcpo.pipeline.calibration import find_calibration
 from vcpo.pipeline.engines import check_engine
 from vcpo.pipeline.session import window_width
 from vcpo.pipeline.window import lag_bound
@@ -36,8 +38,8 @@ class ModelSize:
     vocabulary: int
 
 
-def plan_text(config: Config) -> str:
-    """The resolved plan for people: processes, memory, tokens, bounds."""
+def plan_text(config: Config, run_folder: Path | None = None) -> str:
+    """The resolved plan for people: processes, memory, tokens, bounds. ``run_folder``: of a run to resume."""
     check_engine(config)
     _go_offline_if_the_hub_is_silent(config)
     size = _size_if_reachable(config)
@@ -46,6 +48,7 @@ def plan_text(config: Config) -> str:
         *_data(config),
         ("model", _model(config, size)),
         ("algorithm", algorithm_of(config).describe().partition("\n")[0]),
+        ("on-policy ratio", _on_policy_ratio(config, run_folder)),
         ("processes", _processes(config)),
         *(_memory(config, size) if size else ()),
         *_amounts(config, size.context_length if size else config.model.context_length),
@@ -56,6 +59,16 @@ def plan_text(config: Config) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _on_policy_ratio(config: Config, run_folder: Path | None) -> str:
+    """What the ESS ratio of a step is compared with."""
+    calibration = find_calibration(config, run_folder)
+    if calibration is None:
+        return f"{config.algorithm.on_policy_ratio:g}, whatever the lengths"
+    rows = calibration.record["lengths"][::-3][::-1]
+    told = [f"{row['in_minibatch']['value']:.3f} at {row['length']}" for row in rows]
+    return f"of each step's lengths, as calibrated {calibration.record['made']}: {', '.join(told)} tokens"
 
 
 def _processes(config: Config) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from vcpo.config import Config, dump_toml, load_config
 from vcpo.errors import CheckpointError, ConfigError
 from vcpo.monitor.sinks import write_atomically
+from vcpo.pipeline.calibration import CALIBRATION_FILE
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def calibration(self) -> Path:
+        return self.path / CALIBRATION_FILE
 
     @property
     def logs(self) -> Path:

@@ -53,7 +53,7 @@ class LearnerService:
             if not self._config.model.name:
                 self._save_whole(initial)
         self._policy = with_adapters(self._policy, self._config.lora, self._config.run.seed)
-        self._learner = build_learner(self._config, self._policy)
+        self._learner = build_learner(self._config, self._policy, self._run_folder)
         checkpoint = latest_checkpoint(self._run_folder) if resume else None
         state = load_checkpoint(checkpoint, self._learner) if checkpoint else {}
         parameters = sum(p.numel() for p in self._policy.model.parameters())

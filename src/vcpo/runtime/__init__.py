@@ -19,11 +19,15 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
 
     ``resume`` is the folder of a run to go on with. If the run was interrupted, ``completed`` is false.
     """
+    from vcpo.pipeline.calibration import find_calibration
     from vcpo.pipeline.engines import check_engine
     from vcpo.pipeline.run_folder import RunFolder
 
     check_engine(config)
+    calibration = find_calibration(config, resume)
     run = RunFolder.create(config) if resume is None else RunFolder.reopen(resume, config)
+    if calibration is not None:
+        calibration.write(run.calibration)
     progress = progress or SilentProgress()
     if config.pipeline.mode == "exact":
         from vcpo.runtime.inline import train_inline as train_here
@@ -44,6 +48,33 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
 
         write_report(run.path)
     return summary
+
+
+def calibrate(
+    config: Config,
+    *,
+    groups: int = 64,
+    tokens: int | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Measure the mismatch of sampler and learner at lag 0; the record, and the file that it was written to.
+
+    The file is ``out``, or else the one in the cache where runs with these settings look for it. See
+    :mod:`vcpo.runtime.calibration`.
+    """
+    from vcpo.pipeline.calibration import calibration_path
+    from vcpo.runtime.calibration import calibrate_inline
+
+    progress = progress or SilentProgress()
+    path, completed = out or calibration_path(config), False
+    try:
+        calibration = calibrate_inline(config, groups, tokens, progress)
+        completed = True
+    finally:
+        progress.close(completed)
+    calibration.write(path)
+    return dict(calibration.record), path
 
 
 def evaluate(
