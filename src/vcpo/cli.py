@@ -139,7 +139,9 @@ def eval(
 def calibrate(
     context: typer.Context,
     arguments: RecipeAndSettings = None,
-    groups: Annotated[int, typer.Option(min=2, help="Problems to play, each with the recipe's rollouts.")] = 64,
+    groups: Annotated[
+        int, typer.Option(min=2, help="Problems to play, each with the recipe's rollouts.")
+    ] = 64,
     tokens: Annotated[int | None, typer.Option(min=1, help="Stop when so many tokens were sampled.")] = None,
     out: Annotated[
         Path | None,

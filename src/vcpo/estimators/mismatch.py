@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vcpo.errors import NonFiniteError, VcpoError
+from vcpo.errors import VcpoError
 from vcpo.estimators.checks import require_finite, require_same_shape
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Mismatch:
 
     @property
     def honest(self) -> bool:
-        """Whether the data agree with a sampler that draws from the distribution whose log-probs it records."""
+        """Whether the data agree with a sampler that draws from what it records."""
         return self.drift.low <= 0 <= self.drift.high
 
     @property
@@ -115,8 +115,8 @@ def measure_mismatch(
 
     The last is the slope of Var(S) on L through the origin, over s². Intervals are percentiles of a bootstrap
     that draws whole clusters (the rollouts of a prompt) with replacement, with random numbers of its own.
-    ``log_ratios`` outside ``mask`` never matter. Shapes: ``clusters`` has the prompt of each sequence. float64
-    inside; no gradient.
+    ``log_ratios`` outside ``mask`` never matter; ``clusters`` has the prompt of each sequence. float64 inside;
+    no gradient.
 
     Raises:
         NonFiniteError: a log-ratio inside the mask is not finite; names the sequence.
@@ -129,7 +129,9 @@ def measure_mismatch(
     deltas, mask = deltas[sampled], mask[sampled]
     names, members = clusters[sampled].unique(return_inverse=True)
     if len(names) < 2:
-        raise VcpoError(f"a mismatch is measured on two prompts or more with sampled tokens, got {len(names)}")
+        raise VcpoError(
+            f"a mismatch is measured on two prompts or more with sampled tokens, got {len(names)}"
+        )
     sums = deltas.new_zeros(len(names), 8).index_add(0, members, _sequence_sums(deltas, mask))
     whole, drawn = _figures(sums.sum(0)), _figures(_resampled(sums))
     low, high = drawn.quantile(deltas.new_tensor([0.025, 0.975]), dim=-1)
@@ -151,8 +153,8 @@ def measure_mismatch(
 
 
 def _sequence_sums(deltas: Tensor, mask: Tensor) -> Tensor:
-    """[B, 8]: everything that :func:`_figures` needs is a sum over sequences of these. e^δ − 1 instead of e^δ,
-    because the mismatch of equal numerics is at the last digit."""
+    """[B, 8]: everything that :func:`_figures` needs is a sum over sequences of these. e^δ − 1 instead of
+    e^δ, because the mismatch of equal numerics is at the last digit."""
     length, total = mask.sum(-1).double(), deltas.sum(-1)
     columns = (
         length,
@@ -204,8 +206,8 @@ def expected_ess_ratio(variances: Num[Tensor, " B"]) -> float:
 
     where the 1 is the integral of the terms i = j. Both integrals by the trapezoidal rule, which is exact to
     all digits for such smooth functions: over log t, and over the normal variable inside φ and g. Sequences
-    share :data:`BINS` variances, and none counts as more than :data:`LARGEST_VARIANCE`. Source: this project's
-    own derivation. Returns a number between 1/B and 1.
+    share :data:`BINS` variances, and none counts as more than :data:`LARGEST_VARIANCE`. Source: this
+    project's own derivation. Returns a number between 1/B and 1.
 
     Raises:
         VcpoError: there is no sequence, or a variance is negative.
@@ -224,8 +226,8 @@ def expected_ess_ratio(variances: Num[Tensor, " B"]) -> float:
 
 
 def ess_ratio_interval(variances: Num[Tensor, " B"]) -> tuple[float, float]:
-    """Where 95 % of ESS ratios are, of minibatches as in :func:`expected_ess_ratio`: by simulation, always with
-    the same random numbers. Variances are finite and not negative."""
+    """Where 95 % of ESS ratios are, of minibatches as in :func:`expected_ess_ratio`: by simulation, always
+    with the same random numbers. Variances are finite and not negative."""
     values = variances.detach().double().cpu()
     generator = torch.Generator().manual_seed(0)
     count = min(RESAMPLINGS, SIMULATED // len(values) + 1)

@@ -49,7 +49,7 @@ def _token_table(record: Record) -> Table:
 
 
 def _length_table(record: Record) -> Table:
-    """``many``: of very many sequences of this length; then of a step of the recipe; then of those sampled."""
+    """``many``: of very many sequences of this length; then of a step of the recipe; then as sampled."""
     headings = ("tokens", "many", f"a step of {record['minibatch']}", "sequences", "95 % of such", "measured")
     table = _table("On-policy ESS ratio by response length: predicted, and measured", *headings)
     for row in record["lengths"]:
@@ -90,15 +90,14 @@ def conclusions(record: Record) -> Iterator[str]:
         yield "Tokens of a sequence are uncorrelated, as far as these data tell: v alone decides."
     else:
         yield (
-            "Tokens of a sequence are NOT independent: sums vary "
-            f"{correlation['value']:.2f} times as much as uncorrelated tokens would; the ESS ratios above, and "
-            "training, use v times that."
+            f"Tokens of a sequence are NOT independent: sums vary {correlation['value']:.2f} times as much as "
+            "those of uncorrelated tokens; the ESS ratios above, and training, use v times that."
         )
     if not drift["low"] <= 0 <= drift["high"] and abs(drift["value"]) * longest >= NEGLIGIBLE:
         yield (
-            f"The mean ratio is NOT 1 (its log is {_figure(drift['value'])} a token): the sampler does not draw "
-            "from the distribution that the learner takes it to draw from. Look at temperature, top_p, top_k, and "
-            "whether sampler and learner have the same weights; the ESS ratios above leave this out."
+            f"The mean ratio is NOT 1 (its log is {_figure(drift['value'])} a token): the sampler does not "
+            "draw from all that the learner's distribution has (top_p, top_k), or not from what it records; "
+            "the ESS ratios above leave this out."
         )
     wrong = [row for row in (*record["lengths"], record["whole"]) if "measured" in row and not _within(row)]
     if wrong:

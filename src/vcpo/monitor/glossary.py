@@ -109,8 +109,8 @@ _METRICS = (
         "on_policy_ratio",
         "variance",
         "",
-        "ESS ratio that data without any lag would have; the step scale is relative to it. Set, or calibrated "
-        "for the lengths of the step.",
+        "ESS ratio that data without any lag would have; the step scale is relative to it. Set, or "
+        "calibrated for the lengths of the step.",
         "Below 1 only where sampler and learner numerics differ; calibrated, it falls as answers grow.",
     ),
     Metric(

@@ -85,10 +85,10 @@ def build_policy(config: Config, listener: WarmStartListener = lambda loss: None
 
 def build_learner(config: Config, policy: Policy, run_folder: Path | None = None) -> Learner:
     """``run_folder`` may have a calibration of the run's own."""
-    reference = config.algorithm.on_policy_ratio
-    if (calibration := find_calibration(config, run_folder)) is not None:
-        reference = calibration.on_policy_ratio
-    return Learner(policy, algorithm_of(config), config.learner, reference)
+    ratio = config.algorithm.on_policy_ratio
+    if ratio == "calibrated":
+        ratio = find_calibration(config, run_folder).on_policy_ratio
+    return Learner(policy, algorithm_of(config), config.learner, ratio)
 
 
 def build_rollout_loop(config: Config, speaker: Speaker, sampler: Completer) -> RolloutLoop:

@@ -71,7 +71,9 @@ class Calibration:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
         except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}; say --out FILE, or set VCPO_CACHE") from error
+            raise ConfigError(
+                f"cannot write {path}: {error.strerror}; say --out FILE, or set VCPO_CACHE"
+            ) from error
 
 
 def calibrated_settings(config: Config) -> Settings:
@@ -106,18 +108,16 @@ def read_calibration(path: Path) -> Calibration:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no calibration: `vcpo calibrate --out FILE` writes one") from error
     if kind != FORMAT or not 0 <= rate < float("inf"):
-        raise ConfigError(f"{path} is a calibration of format {kind}, and this vcpo reads {FORMAT}: make it anew")
+        raise ConfigError(
+            f"{path} is a calibration of format {kind}, and this vcpo reads {FORMAT}: make it anew"
+        )
     return Calibration(record)
 
 
-def find_calibration(config: Config, run_folder: Path | None = None) -> Calibration | None:
-    """The calibration of a run; None if its ``on_policy_ratio`` is a number.
-
-    It is the run's own copy, else the file that ``algorithm.calibration`` names, else the cached one. Raises
-    ConfigError that says how to make it.
+def find_calibration(config: Config, run_folder: Path | None = None) -> Calibration:
+    """The calibration that a run uses: its own copy, else the file that ``algorithm.calibration`` names, else
+    the cached one. Raises ConfigError that says how to make it.
     """
-    if config.algorithm.on_policy_ratio != "calibrated":
-        return None
     if run_folder is not None and (run_folder / CALIBRATION_FILE).exists():
         kept = read_calibration(run_folder / CALIBRATION_FILE)
         if not list(_differences(kept.settings, calibrated_settings(config), _DEFINING)):

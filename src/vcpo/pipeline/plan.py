@@ -63,9 +63,9 @@ def plan_text(config: Config, run_folder: Path | None = None) -> str:
 
 def _on_policy_ratio(config: Config, run_folder: Path | None) -> str:
     """What the ESS ratio of a step is compared with."""
-    calibration = find_calibration(config, run_folder)
-    if calibration is None:
+    if config.algorithm.on_policy_ratio != "calibrated":
         return f"{config.algorithm.on_policy_ratio:g}, whatever the lengths"
+    calibration = find_calibration(config, run_folder)
     rows = calibration.record["lengths"][::-3][::-1]
     told = [f"{row['in_minibatch']['value']:.3f} at {row['length']}" for row in rows]
     return f"of each step's lengths, as calibrated {calibration.record['made']}: {', '.join(told)} tokens"

@@ -1,4 +1,4 @@
-"""Log-probs of whole sets of trajectories under a policy, as the learner computes them, without a gradient."""
+"""Log-ratios of whole sets of trajectories, as the learner computes them, without a gradient."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
     from vcpo.pipeline.run_folder import RunFolder
 
     check_engine(config)
-    calibration = find_calibration(config, resume)
+    calibrated = config.algorithm.on_policy_ratio == "calibrated"
+    calibration = find_calibration(config, resume) if calibrated else None
     run = RunFolder.create(config) if resume is None else RunFolder.reopen(resume, config)
     if calibration is not None:
         calibration.write(run.calibration)

@@ -83,7 +83,12 @@ def _saved(policy: Policy, folder: Path) -> Path:
 
 
 async def _play(
-    config: Config, service: RolloutService, policy: Policy, groups: int, tokens: int | None, progress: Progress
+    config: Config,
+    service: RolloutService,
+    policy: Policy,
+    groups: int,
+    tokens: int | None,
+    progress: Progress,
 ) -> list[Group]:
     """As many groups at once as a synchronous run plays, until there are enough."""
     played: list[Group] = []
@@ -118,13 +123,13 @@ def calibration_of(
         notes = [t.note for group in played for t in group.trajectories]
         raise EnvironmentFailure(f"no token was sampled in {len(notes)} episodes; the first: {notes[0]}")
     budgets, temperature = config.learner, config.sampler.temperature
-    scorer = Scorer(
-        policy, budgets.token_budget, temperature=temperature, logit_budget=budgets.logit_budget
-    )
+    scorer = Scorer(policy, budgets.token_budget, temperature=temperature, logit_budget=budgets.logit_budget)
     progress.phase("scoring", len(members))
     ratios, mask = scorer.log_ratios([t for _, t in members], lambda: progress.advance({}))
     mismatch = measure_mismatch(ratios, mask, torch.tensor([prompt for prompt, _ in members]))
-    sampled = Sampled(ratios, mask, mismatch.sequence_rate, config.pipeline.prompts * config.pipeline.group_size)
+    sampled = Sampled(
+        ratios, mask, mismatch.sequence_rate, config.pipeline.prompts * config.pipeline.group_size
+    )
     return Calibration(
         {
             "vcpo_calibration": FORMAT,
@@ -134,7 +139,9 @@ def calibration_of(
             "per_token": _per_token(mismatch),
             "minibatch": sampled.minibatch,
             "whole": sampled.whole(),
-            "lengths": [sampled.at_length(length) for length in _lengths(mismatch.longest, policy.context_length)],
+            "lengths": [
+                sampled.at_length(length) for length in _lengths(mismatch.longest, policy.context_length)
+            ],
             "settings": calibrated_settings(config),
         }
     )
