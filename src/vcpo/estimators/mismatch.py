@@ -115,8 +115,8 @@ def measure_mismatch(
 
     The last is the slope of Var(S) on L through the origin, over s². Intervals are percentiles of a bootstrap
     that draws whole clusters (the rollouts of a prompt) with replacement, with random numbers of its own.
-    ``log_ratios`` outside ``mask`` never matter; ``clusters`` has the prompt of each sequence. float64 inside;
-    no gradient.
+    ``log_ratios`` outside ``mask`` never matter; ``clusters`` has the prompt of each sequence. float64
+    inside; no gradient.
 
     Raises:
         NonFiniteError: a log-ratio inside the mask is not finite; names the sequence.

@@ -90,8 +90,8 @@ def conclusions(record: Record) -> Iterator[str]:
         yield "Tokens of a sequence are uncorrelated, as far as these data tell: v alone decides."
     else:
         yield (
-            f"Tokens of a sequence are NOT independent: sums vary {correlation['value']:.2f} times as much as "
-            "those of uncorrelated tokens; the ESS ratios above, and training, use v times that."
+            f"Tokens of a sequence are NOT independent: sums vary {correlation['value']:.2f} times as much "
+            "as those of uncorrelated tokens; the ESS ratios above, and training, use v times that."
         )
     if not drift["low"] <= 0 <= drift["high"] and abs(drift["value"]) * longest >= NEGLIGIBLE:
         yield (
