@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def test_the_record_says_what_was_measured(capsys: pytest.CaptureFixture[str], t
     assert "measured" in record["lengths"][0] and "measured" not in record["lengths"][1]  # 7 tokens at most
     whole = record["whole"]
     assert whole["expected"]["low"] < whole["measured"] < whole["expected"]["high"]
-    assert figure.read_text().startswith("<svg") and "on-policy ESS ratio" in figure.read_text()
+    drawing = ElementTree.parse(figure).getroot()
+    assert drawing.get("aria-label") == "on-policy ESS ratio by response length"
+    assert "sampled tokens" in {text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")}
     assert not calibration_path(config_of()).exists()
 
 

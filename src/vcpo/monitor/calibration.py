@@ -49,12 +49,13 @@ def _token_table(record: Record) -> Table:
 
 
 def _length_table(record: Record) -> Table:
-    """``many``: of very many sequences of this length; then of a step of the recipe; then as sampled."""
-    headings = ("tokens", "many", f"a step of {record['minibatch']}", "sequences", "95 % of such", "measured")
+    """``many``: in a minibatch of very many sequences of this length; then in a step of the recipe; then of
+    those that were sampled and have as many tokens, as predicted and as measured."""
+    headings = ("tokens", "many", f"a step of {record['minibatch']}", "sampled", "95 % of such", "measured")
     table = _table("On-policy ESS ratio by response length: predicted, and measured", *headings)
     for row in record["lengths"]:
         step = row["in_minibatch"]
-        of_step = f"{_ratio(step['value'])} ({_ratio(step['low'])} to {_ratio(step['high'])})"
+        of_step = f"{_ratio(step['value'])} ({_ratio(step['low'])}–{_ratio(step['high'])})"
         table.add_row(f"{row['length']:,}", _ratio(row["endless"]), of_step, *_measured(row))
     table.add_row("as sampled", "", "", *_measured(record["whole"]))
     return table
@@ -72,7 +73,7 @@ def _measured(row: Mapping[str, Any]) -> list[str]:
         return [words.NOTHING] * 3
     low, high = (_ratio(row["expected"][bound]) for bound in ("low", "high"))
     mark = "" if _within(row) else " !"
-    return [f"{row['sequences']:,}", f"{low} to {high}", _ratio(row["measured"]) + mark]
+    return [f"{row['sequences']:,}", f"{low}–{high}", _ratio(row["measured"]) + mark]
 
 
 def conclusions(record: Record) -> Iterator[str]:
@@ -130,7 +131,7 @@ def calibration_svg(record: Record) -> str:
 
     drawing = svg(ess_by_length(record), "on-policy ESS ratio by response length")
     assert drawing is not None  # a calibration always has lengths
-    return drawing.replace(">", f">{_STYLE}", 1).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return drawing.replace(">", f">{_STYLE}", 1)
 
 
 _STYLE = (
