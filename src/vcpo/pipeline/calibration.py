@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from vcpo.config import Config, default_recipe, load_config
 from vcpo.errors import ConfigError
-from vcpo.estimators.mismatch import expected_ess_ratio
 from vcpo.monitor.sinks import write_atomically
 from vcpo.pipeline.cache import cache_folder
 
@@ -62,6 +61,8 @@ class Calibration:
 
     def on_policy_ratio(self, lengths: Tensor) -> float:
         """ρ_on of a minibatch whose trajectories have ``lengths`` [B] sampled tokens."""
+        from vcpo.estimators.mismatch import expected_ess_ratio  # torch: not in a controller that reads the file
+
         return expected_ess_ratio(self.rate * lengths.double())
 
     def write(self, path: Path) -> None:
