@@ -61,7 +61,7 @@ class Calibration:
 
     def on_policy_ratio(self, lengths: Tensor) -> float:
         """ρ_on of a minibatch whose trajectories have ``lengths`` [B] sampled tokens."""
-        from vcpo.estimators.mismatch import expected_ess_ratio  # torch: not in a controller that reads the file
+        from vcpo.estimators.mismatch import expected_ess_ratio  # torch, which controllers do without
 
         return expected_ess_ratio(self.rate * lengths.double())
 
