@@ -363,7 +363,7 @@ def test_a_large_model_is_asked_in_words_and_may_reason(response: str, reward: f
     config = EnvironmentConfig.model_validate(
         {"kind": "countdown", "size": 3, "max_tokens": 60, "template": TEMPLATE}
     )
-    codec = CharCodec(Countdown.alphabet(config) + "Fist<>wxd\\{}")
+    codec = CharCodec(Countdown.alphabet(config) + "First<answer>boxd\\{}")
     countdown = Countdown(codec, config)
     problem = countdown.problem(0, "train")
     assert problem == COUNTDOWN.problem(0, "train")  # the words decide neither puzzle nor split

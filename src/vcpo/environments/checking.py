@@ -77,6 +77,10 @@ class AnswerChecker:
         if answer == reference:
             return True
         text = response[-END_OF_RESPONSE:] if answer is None else f"\\boxed{{{answer}}}"
+        if (
+            answer is None and "answer" not in text.lower()
+        ):  # none of math-verify's words are without this one
+            return False
         request = {"reference": f"\\boxed{{{reference}}}", "text": text, "cpu_seconds": self._cpu_seconds}
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._check, request)
 
