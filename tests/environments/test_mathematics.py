@@ -8,14 +8,14 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vcpo.config import EnvironmentConfig
-from vcpo.environments import checking, checking_process
+from vcpo.environments import checking_process
 from vcpo.environments.checking import AnswerChecker
 from vcpo.environments.mathematics import Mathematics
 from vcpo.environments.protocol import DataEnvironment, Environment, Episode, FiniteEnvironment
@@ -169,7 +169,7 @@ def test_a_child_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_math_verify(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        checking.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == package else real(name, *rest),
     )
@@ -210,13 +210,11 @@ class OneAnswer:
 
     def release(self, session: int) -> None: ...
 
-    async def update(self, version: int, weights: Mapping[str, Any]) -> str:
-        return ""
-
 
 def played(environment: Mathematics, answer: str) -> tuple[float, str]:
     """Reward, and what the model was shown."""
-    episode = Episode(OneAnswer(answer), seed=0, session=0, stop=frozenset((END,)))
+    sampler: Any = OneAnswer(answer)
+    episode = Episode(sampler, seed=0, session=0, stop=frozenset((END,)))
     reward = asyncio.run(environment.play(environment.problem(0, "train"), episode))
     record = episode.trajectory(reward)
     return reward, CODEC.decode(
