@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,12 @@ def weight_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Copy ``weights`` into the model in place; names and shapes must be exactly the model's."""
+def load_weights(
+    model: nn.Module, weights: Weights, served: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+) -> None:
+    """Copy ``weights`` into the model in place; names and shapes must be exactly the model's.
+
+    ``served``: what to make of each first, where the model is to have something else (fewer bits)."""
     own = weight_tensors(model)
     if own.keys() != weights.keys():
         different = sorted(own.keys() ^ weights.keys())
@@ -77,7 +81,7 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
             theirs, ours = tuple(weights[name].shape), tuple(tensor.shape)
             raise ModelError(f"weights are of another model: {name} has shape {theirs}, not {ours}")
     for name, tensor in own.items():
-        tensor.copy_(weights[name])
+        tensor.copy_(served(name, weights[name].to(tensor.device)))
 
 
 def checksum(weights: Weights) -> str:

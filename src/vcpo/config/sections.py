@@ -176,13 +176,15 @@ class SamplerConfig(Section):
     temperature: PositiveFloat = 1.0
     """Logits are divided by it, in the learner too: the policy is what is sampled."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the most probable tokens that together have this probability; 1: from all."""
+    """Sample from the most probable tokens that together have this probability; 1: from all. The learner's
+    policy is not cut: importance weights average below 1, and gradients are of what can be sampled."""
     top_k: NonNegativeInt = 0
-    """Sample from this many most probable tokens; 0: from all."""
+    """Sample from this many most probable tokens, before top_p; 0: from all. Weights as with top_p."""
     dtype: Literal["same", "float32", "bfloat16"] = "same"
     """Number type of the sampler's weights; same: as in [model]."""
     quantization: Literal["none", "fp8", "int8", "int4"] = "none"
-    """Rounding of the sampler's matrices; the learner's stay as they are."""
+    """Rounding of the sampler's linear layers but the head, anew at each update; the learner's stay as they
+    are. local: the numerics only, not the speed; vllm: fp8 only."""
     urls: list[str] = []
     """vLLM servers that run already (``vcpo serve`` starts one); empty: start them."""
     servers: PositiveInt = 1

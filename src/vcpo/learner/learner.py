@@ -52,7 +52,10 @@ class Learner:
         algorithm: Algorithm,
         config: LearnerConfig,
         on_policy_ratio: float | OnPolicyRatio = 1.0,
+        *,
+        temperature: float = 1.0,
     ) -> None:
+        """``temperature``: the policy is softmax(logits / temperature), as the sampler samples it."""
         self.policy, self.algorithm = policy, algorithm
         self._on_policy_ratio = on_policy_ratio
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
@@ -63,7 +66,13 @@ class Learner:
                 "%s does not keep packed sequences apart: each trajectory gets a row of its own", name
             )
         self._accumulator = Accumulator(
-            policy, algorithm, config.token_budget, packed=packed, score_norms=config.score_norms
+            policy,
+            algorithm,
+            config.token_budget,
+            packed=packed,
+            score_norms=config.score_norms,
+            logit_budget=config.logit_budget,
+            temperature=temperature,
         )
 
     @property

@@ -67,14 +67,16 @@ _METRICS = (
         "accuracy",
         "learning",
         "",
-        "Fraction of held-out problems solved when sampling at temperature 1; only on evaluated steps.",
+        "Fraction of held-out problems solved when sampling as in training (temperature, top_p, top_k and "
+        "quantization of [sampler]); only on evaluated steps.",
         "Should follow the reward; a widening gap is overfitting to the training problems.",
     ),
     Metric(
         "greedy_accuracy",
         "learning",
         "",
-        "Fraction of held-out problems solved by greedy decoding; only on evaluated steps.",
+        "Fraction of held-out problems solved by greedy decoding with the sampler's weights; only on "
+        "evaluated steps.",
         "Flat while the sampled accuracy rises: the policy only sharpens.",
     ),
     Metric(
@@ -111,7 +113,8 @@ _METRICS = (
         "",
         "ESS ratio that data without any lag would have; the step scale is relative to it. Set, or "
         "calibrated for the lengths of the step.",
-        "Below 1 only where sampler and learner numerics differ; calibrated, it falls as answers grow.",
+        "Below 1 only where the sampler's numerics differ from the learner's, or top_p or top_k cut; "
+        "calibrated, it falls as answers grow.",
     ),
     Metric(
         "log_weight_mean",

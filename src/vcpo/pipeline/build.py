@@ -88,7 +88,8 @@ def build_learner(config: Config, policy: Policy, run_folder: Path | None = None
     ratio = config.algorithm.on_policy_ratio
     if ratio == "calibrated":
         ratio = find_calibration(config, run_folder).on_policy_ratio
-    return Learner(policy, algorithm_of(config), config.learner, ratio)
+    algorithm, temperature = algorithm_of(config), config.sampler.temperature
+    return Learner(policy, algorithm, config.learner, ratio, temperature=temperature)
 
 
 def build_rollout_loop(config: Config, speaker: Speaker, sampler: Completer) -> RolloutLoop:

@@ -87,6 +87,11 @@ def check_engine(config: Config) -> None:
                 "sampler.transfer = 'collective' is for vLLM servers: set sampler.kind = 'vllm'"
             )
         return
+    if sampler.quantization not in ("none", "fp8"):
+        raise ConfigError(
+            f"sampler.quantization = {sampler.quantization!r} is not offered for vLLM, which cannot round to "
+            "it at every update: use fp8 (GPUs), or sampler.kind = 'local' (the numerics without the speed)"
+        )
     servers = len(sampler.urls) or sampler.servers
     if config.pipeline.mode == "async" and samplers > servers:
         source = "sampler.urls names" if sampler.urls else "sampler.servers is"

@@ -106,13 +106,15 @@ def _data(config: Config) -> list[tuple[str, str]]:
 def _memory(config: Config, size: ModelSize) -> list[tuple[str, str]]:
     """Estimates: weights, gradients and two moments for the learner; weights and cache for a sampler."""
     width = _BYTES[config.model.dtype]
+    sampled = width if config.sampler.dtype == "same" else _BYTES[config.sampler.dtype]
     weights = size.parameters * width + size.adapters * 4
+    served = size.parameters * sampled + size.adapters * 4
     published = size.adapters * 4 or weights
     # A gradient and two moments of what is trained, and a master copy where that is of few bits.
     optimizer = published + (size.adapters or size.parameters) * (8 if size.adapters or width == 4 else 12)
     logits = _LOGITS * config.learner.token_budget * size.vocabulary
     # Keys and values per token of a full cache: every slot as long as the context, one padding column.
-    cache = config.sampler.slots * (size.context_length + 1) * size.layers * size.key_value_width * width
+    cache = config.sampler.slots * (size.context_length + 1) * size.layers * size.key_value_width * sampled
     return [
         (
             "learner memory",
@@ -121,7 +123,7 @@ def _memory(config: Config, size: ModelSize) -> list[tuple[str, str]]:
         ),
         (
             "sampler memory",
-            f"{_bytes(weights)} for weights, at most {_bytes(cache)} for {config.sampler.slots} slots",
+            f"{_bytes(served)} for weights, at most {_bytes(cache)} for {config.sampler.slots} slots",
         ),
         ("publication", f"{_bytes(published)} a step{', the adapters alone' if size.adapters else ''}"),
     ]

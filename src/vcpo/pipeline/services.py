@@ -29,6 +29,7 @@ from vcpo.policy.loading import Policy, load_policy
 from vcpo.policy.lora import merged, with_adapters
 from vcpo.policy.probe import make_probe
 from vcpo.samplers.protocol import Sampler
+from vcpo.samplers.rounding import Rounding
 from vcpo.samplers.tasks import gather_all
 from vcpo.trajectory import Group
 from vcpo.weights import Probe, Weights, checksum, weight_tensors, write_adapter
@@ -41,6 +42,8 @@ class LearnerService:
         self._config, self._run_folder = config, run_folder
         self._policy: Policy
         self._learner: Learner
+        self._rounding: Rounding | None = None
+        """What the local sampler makes of the weights."""
 
     def begin(self, *, resume: bool, listener: WarmStartListener = lambda loss: None) -> Begun:
         initial = self._run_folder / "initial_model"
@@ -54,6 +57,8 @@ class LearnerService:
                 self._save_whole(initial)
         self._policy = with_adapters(self._policy, self._config.lora, self._config.run.seed)
         self._learner = build_learner(self._config, self._policy, self._run_folder)
+        if self._config.sampler.kind == "local":
+            self._rounding = Rounding(self._policy.model, self._config.sampler)
         checkpoint = latest_checkpoint(self._run_folder) if resume else None
         state = load_checkpoint(checkpoint, self._learner) if checkpoint else {}
         parameters = sum(p.numel() for p in self._policy.model.parameters())
@@ -73,9 +78,11 @@ class LearnerService:
         return weight_tensors(self._policy.model)
 
     def weights(self) -> tuple[int, dict[str, Tensor], str]:
-        """Version, tensors (live, not copied) and checksum of the current weights."""
+        """Version, tensors (live, not copied) and the checksum that samplers must answer with: of what they
+        serve, which is rounded where their settings say so; vLLM's answer with that of what they took."""
         tensors = self.tensors()
-        return self._learner.version, tensors, checksum(tensors)
+        served = self._rounding.of_published(tensors) if self._rounding is not None else tensors
+        return self._learner.version, tensors, checksum(served)
 
     def probe(self) -> Probe | None:
         """What samplers that serve these weights must say; None if they prove it by a checksum."""

@@ -48,6 +48,8 @@ from vcpo.errors import (
 from vcpo.samplers.cache import SlotCache
 from vcpo.samplers.protocol import Completion, check_request
 from vcpo.samplers.random import uniforms
+from vcpo.samplers.rounding import Rounding
+from vcpo.samplers.shaping import draw, sampled_log_probs
 from vcpo.weights import Probe, Weights, checksum, load_weights, weight_tensors
 
 SHARED_PREFILL = 4
@@ -90,7 +92,8 @@ class _Request:
 
 
 class LocalSampler:
-    """A :class:`vcpo.samplers.protocol.Sampler` over a transformers model."""
+    """A :class:`vcpo.samplers.protocol.Sampler` over a transformers model, which becomes its own: the
+    model's weights are rounded in place where the settings ask for it (:mod:`vcpo.samplers.rounding`)."""
 
     def __init__(
         self, model: PreTrainedModel, context_length: int, config: SamplerConfig | None = None
@@ -98,6 +101,8 @@ class LocalSampler:
         self._model = model.eval()
         self._config = config or SamplerConfig()
         self._context_length = context_length
+        self._rounding = Rounding(model, self._config)
+        self._rounding.apply(model)
         self._masks = _attention_masks(model)
         takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_logits_only = {"logits_to_keep": 1} if takes_keep else {}
@@ -174,7 +179,7 @@ class LocalSampler:
     async def update(self, version: int, weights: Weights, probe: Probe | None = None) -> str:
         if self._config.update == "drain":
             await self._drain()
-        load_weights(self._model, weights)
+        load_weights(self._model, weights, self._rounding)
         self._version = version
         for owner in self._owners():
             owner.cached = 0
@@ -338,23 +343,21 @@ class LocalSampler:
             follower.session.cached = seen
 
     def _sample(self, requests: list[_Request], logits: Tensor) -> None:
-        """Draw one token for each request from softmax(logits), by inversion of the cumulative distribution.
-
-        In float64: in float32 a number near 1 would become 1 and draw the last token, however improbable.
-        """
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
-        if not bool(cumulative[:, -1].isfinite().all()):
+        """Draw one token for each request, by inversion of the cumulative distribution that is recorded."""
+        config = self._config
+        log_probs = sampled_log_probs(logits, config.temperature, config.top_k, config.top_p)
+        if not bool(log_probs.amax(-1).isfinite().all()):
             raise NonFiniteError(
                 "logits", None, f"policy version {self._version} is broken; train with a lower learning rate"
             )
         seeds = np.array([r.seed for r in requests], np.uint64)
         places = np.array([len(r.tokens) for r in requests], np.uint64)
-        draws = torch.from_numpy(uniforms(seeds, places)).to(cumulative)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, draws, right=True).clamp_(max=logits.shape[-1] - 1)
+        tokens = draw(log_probs, torch.from_numpy(uniforms(seeds, places)))
         if any(r.greedy for r in requests):
             greedy = torch.tensor([r.greedy for r in requests], device=tokens.device)[:, None]
-            tokens = torch.where(greedy, log_probs.argmax(-1, keepdim=True), tokens)
+            plain = sampled_log_probs(logits)
+            tokens = torch.where(greedy, plain.argmax(-1, keepdim=True), tokens)
+            log_probs = torch.where(greedy, plain, log_probs)
         chosen = log_probs.gather(-1, tokens)
         for request, token, log_prob in zip(
             requests, tokens[:, 0].tolist(), chosen[:, 0].tolist(), strict=True

@@ -21,7 +21,8 @@ class Completion:
     tokens: list[int]
     """Sampled token ids, the stop token included."""
     log_probs: list[float]
-    """Log-probability of each sampled token under the distribution it was sampled from, in nats."""
+    """Log-probability of each sampled token under the distribution it was sampled from (temperature, top-k
+    and top-p included), in nats; of a greedy token, under softmax(logits)."""
     versions: list[int]
     """Policy version that produced each token."""
     finish: Literal["stop", "length"]
