@@ -160,6 +160,19 @@ def test_a_policy_is_loaded_in_the_asked_number_type(tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
 
 
+def test_rotary_frequencies_are_exact_in_every_number_type(tmp_path: Path) -> None:
+    """10000^(-2i/d), by hand; in bfloat16 they would be off by up to 2^-9 of themselves."""
+    policy = small_policy(SMALL, "abc", seed=0)
+    policy.save(tmp_path)
+    half = ModelConfig(dtype="bfloat16")
+    made = small_policy(SMALL.model_copy(update={"dtype": "bfloat16"}), "abc", seed=0)
+    size = SMALL.hidden_size // SMALL.heads
+    expected = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    for model in (policy.model, load_policy(str(tmp_path), half).model, made.model):
+        frequencies = model.get_buffer("model.rotary_emb.inv_freq").double()
+        torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)
+
+
 def drop_head(folder: Path) -> None:
     file = folder / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file, {"format": "pt"})

@@ -229,14 +229,20 @@ def hide_loading_bars() -> None:
 
 
 def _place(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    """Dropout off (the behaviour policy has none), on the device, in the number type."""
+    """Dropout off (the behaviour policy has none), on the device, parameters in the number type.
+
+    Buffers keep theirs: frequencies of rotary embeddings in bfloat16 are off by up to one part in 512, which
+    turns tokens a thousand places apart by radians.
+    """
     model.eval()
     try:
-        model.to(device=config.device, dtype=getattr(torch, config.dtype))  # pyright: ignore[reportCallIssue]
+        model.to(device=config.device)  # pyright: ignore[reportCallIssue]
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"cannot use device {config.device!r}: {str(error).splitlines()[0]}; set model.device"
         ) from error
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
     if config.activation_checkpointing:
         _checkpoint_activations(model)
     return model
