@@ -33,7 +33,7 @@ def sampled_log_probs(
 
 def _most_probable(logits: Tensor, top_p: float) -> Tensor:
     """−inf where more probable tokens have ``top_p`` already."""
-    ordered, tokens = logits.sort(-1, descending=True, stable=True)
+    ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1, dtype=torch.float64)
     more_probable = probabilities.cumsum(-1) - probabilities
     kept = ordered.masked_fill(more_probable >= top_p, -torch.inf)
