@@ -1,11 +1,13 @@
 """What fewer bits in the sampler cost: log-ratios and ESS at lag 0, with the learner's weights in float32.
 
-    python -m benchmarks.quantised [--quick] [--json FILE] [--tasks maze,countdown] [--section.field value ...]
+    python -m benchmarks.quantised [--quick] [--json FILE] [--tasks maze,countdown]
+                                  [--section.field value ...]
 
 Each recipe's small model is warm-started and trained synchronously by the recipe's own algorithm, with the
-sampler at full precision. Then samplers that make other things of these weights (:mod:`vcpo.samplers.rounding`)
-play the same new problems, 8 rollouts of each, and the learner's log-probs of their tokens are taken under the
-weights that were published: no lag, so all that the importance weights tell is the sampler's rounding.
+sampler at full precision. Then samplers that make other things of these weights
+(:mod:`vcpo.samplers.rounding`) play the same new problems, 8 rollouts of each, and the learner's log-probs of
+their tokens are taken under the weights that were published: no lag, so all that the importance weights tell
+is the sampler's rounding.
 
 - log-ratio: root mean square over sampled tokens of log π − log μ, in nats;
 - ESS ratio: of the sequence weights, over minibatches of the recipe's size, mean and lowest; ``of 256`` the
@@ -13,8 +15,8 @@ weights that were published: no lag, so all that the importance weights tell is 
 - accuracy: of these rollouts, with its 95 % interval;
 - rounding: seconds that one update takes in the sampler, median of 5, the float32 copy included.
 
-``adapters``: the same with LoRA of rank 8 on every linear layer, trained a few steps: the base is rounded, the
-adapters are not. ``--quick`` trains less, on fewer rollouts: enough to see it run.
+``adapters``: the same with LoRA of rank 8 on every linear layer but the head: the base is rounded, the
+adapters are not. ``--quick`` trains less, on fewer rollouts of the maze: enough to see it run.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ class Scale:
     problems: int
 
 
-FULL = Scale(steps=300, problems=256)
-QUICK = Scale(steps=5, problems=32)
+FULL = Scale(steps=60, problems=128)
+QUICK = Scale(steps=3, problems=32)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ async def train(config: Config, policy: Policy) -> None:
     await sampler.close()
 
 
-async def play(config: Config, replica: Policy, weights: Weights, problems: int) -> tuple[list[Trajectory], float]:
+async def play(
+    config: Config, replica: Policy, weights: Weights, problems: int
+) -> tuple[list[Trajectory], float]:
     """Rollouts under ``weights`` as this sampler serves them; seconds that an update takes."""
     sampler = LocalSampler(replica.model, replica.context_length, config.sampler)
     loop = build_rollout_loop(config, replica, sampler)
@@ -207,16 +211,18 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="end within a minute")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--tasks", default=TASKS, help=f"recipes, default {TASKS}")
+    parser.add_argument("--tasks", help=f"recipes, default {TASKS}, quick: maze")
     arguments, overrides = parser.parse_known_args()
     torch.set_num_threads(1)
     hide_loading_bars()
     scale = QUICK if arguments.quick else FULL
     rows: list[Row] = []
-    for task in arguments.tasks.split(","):
+    for task in (arguments.tasks or ("maze" if arguments.quick else TASKS)).split(","):
         for rank in (0, 8):
             rows += rows_of(task, rank, scale, overrides)
     show(rows)

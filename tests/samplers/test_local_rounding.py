@@ -1,4 +1,4 @@
-"""Weights of fewer bits in the local sampler: their values, what they leave alone, what is served and proven."""
+"""Weights of fewer bits in the local sampler: their values, what they leave alone, what is proven."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_int4_groups_worked_by_hand() -> None:
 
 def test_fp8_matrix_worked_by_hand() -> None:
     """One scale a matrix, here 1. Steps: 2 from 16 to 32, 1/32 from 1/4 to 1/2, 2^-9 at the bottom."""
-    matrix = torch.cat([row(448, 17, 19, 0.3, -2.0**-10), row(-400, 3 * 2.0**-10, 1.0, 0, 447)])
+    matrix = torch.cat([row(448, 17, 19, 0.3, -(2.0**-10)), row(-400, 3 * 2.0**-10, 1.0, 0, 447)])
     assert to_fp8(matrix).tolist() == [[448, 16, 20, 0.3125, 0], [-384, 2.0**-8, 1, 0, 448]]
     assert to_fp8(matrix / 64).tolist() == (to_fp8(matrix) / 64).tolist()  # the scale is of the matrix
 
@@ -203,7 +203,7 @@ MODELS: dict[str, Callable[[int], PreTrainedModel]] = {
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("updates", [0, 2])
 def test_what_is_sampled_is_the_oracles_policy(kind: str, quantization: str, updates: int) -> None:
-    """Before and after updates: weights are rounded anew from what was published, not from what was served."""
+    """Before and after updates: weights are rounded from what was published, not from what was served."""
     models = [MODELS[kind](seed) for seed in range(updates + 1)]
     replica = copy.deepcopy(models[0])
     published = [weight_tensors(m) for m in models[1:]]

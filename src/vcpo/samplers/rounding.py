@@ -1,7 +1,7 @@
 """What a sampler with fewer bits makes of the weights that the learner publishes.
 
-``sampler.quantization`` rounds the matrices of all linear layers but the head, as vLLM does; embeddings, head,
-norms, biases and adapters stay. With Q the values that the format can hold:
+``sampler.quantization`` rounds the matrices of all linear layers but the head, as vLLM does; embeddings,
+head, norms, biases and adapters stay. With Q the values that the format can hold:
 
 ====== =============================== ================================================
 format scale s                         values
@@ -11,8 +11,8 @@ int8   max |w| / 127, an output (row)  s · q, q whole, −127 … 127
 int4   max |w| / 7, 32 inputs of a row s · q, q whole, −7 … 7
 ====== =============================== ================================================
 
-to the nearest, ties to even. What is kept are the rounded values in the replica's own number type: this has the
-numerics of a quantised engine, not its speed or size (the last group of a row may be shorter than 32).
+to the nearest, ties to even (the last group of a row may be shorter than 32). What is kept are the rounded
+values in the replica's own number type: the numerics of a quantised engine, not its speed or size.
 Activations are not rounded. ``sampler.dtype`` then casts everything but adapters.
 
 Each step is exact or correctly rounded, so equal weights give equal bits on every machine. Hence the proof of
@@ -152,7 +152,7 @@ def _matrices(model: PreTrainedModel) -> dict[int, bool]:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in found.keys() | kept:
             raise ModelError(
-                f"sampler.quantization rounds linear layers, and {name} of {type(model).__name__}, with shape "
+                f"sampler.quantization rounds linear layers, and {name} of {type(model).__name__}, of shape "
                 f"{tuple(parameter.shape)}, is of none (experts of a mixture?): set it to none"
             )
     return {place: turned for place, turned in found.items() if place not in kept}

@@ -49,5 +49,7 @@ def draw(log_probs: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]) -> Int[
     cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # The product may round up to the total, which no token passes.
-    reached = torch.minimum(uniforms.to(cumulative)[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    reached = torch.minimum(
+        uniforms.to(cumulative)[:, None] * total, total.nextafter(torch.zeros_like(total))
+    )
     return torch.searchsorted(cumulative, reached, right=True)
