@@ -206,7 +206,7 @@ def test_what_is_sampled_is_the_oracles_policy(kind: str, quantization: str, upd
     """Before and after updates: weights are rounded from what was published, not from what was served."""
     models = [MODELS[kind](seed) for seed in range(updates + 1)]
     replica = copy.deepcopy(models[0])
-    published = [weight_tensors(m) for m in models[1:]]
+    published: list[Weights] = [weight_tensors(m) for m in models[1:]]
     _, done = served(replica, {"quantization": quantization}, published)
     expected = log_probs_under(by_oracle(models[-1], quantization), PROMPT, done)
     torch.testing.assert_close(torch.tensor(done.log_probs).double(), expected, rtol=0, atol=5e-5)
@@ -276,13 +276,17 @@ def test_published_weights_are_rounded_before_they_are_cast() -> None:
 def test_without_fewer_bits_nothing_is_touched() -> None:
     model = llama()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for settings in ({}, {"dtype": "float32"}):
-        LocalSampler(model, CONTEXT, SamplerConfig(**settings))
+    for settings in (SamplerConfig(), SamplerConfig(dtype="float32")):
+        LocalSampler(model, CONTEXT, settings)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_a_matrix_of_no_linear_layer_is_refused_by_name() -> None:
-    sizes = SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = SIZES | {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "num_key_value_heads": 2,
+    }
     model = MixtralForCausalLM(MixtralConfig(**sizes))
     with pytest.raises(ModelError, match=r"layers.0.mlp.* of MixtralForCausalLM.* is of none"):
         Rounding(model, SamplerConfig(quantization="int4"))
