@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -25,6 +26,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from vcpo.trajectory import NOT_SAMPLED, Trajectory
 
 torch.set_num_threads(1)
 
@@ -83,6 +86,20 @@ def packed(batch: Batch) -> Rows:
     count = len(batch.sequences)
     order = list(range(count))[::-1]
     return rows_of(batch, [order[:2], order[2:]])
+
+
+def trajectories_of(batch: Batch) -> list[Trajectory]:
+    """The batch as the learner knows it."""
+    return [
+        Trajectory(
+            tokens=tokens.numpy().astype(np.int32),
+            action_mask=mask.numpy(),
+            log_probs=np.zeros(len(tokens), np.float32),
+            versions=np.where(mask.numpy(), 0, NOT_SAMPLED).astype(np.int32),
+            reward=0.0,
+        )
+        for tokens, mask in zip(batch.sequences, batch.masks, strict=True)
+    ]
 
 
 def members_of(batch: Batch, members: Sequence[int]) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -51,13 +51,6 @@ EXACT = {
     "ghost": Choice(columns=0, formed_from=torch.inf),
 }
 SKETCH = Choice(columns=4, formed_from=torch.inf, sketched_below=torch.inf)
-
-
-@pytest.fixture
-def norm_layers_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norm layers compute in float32 whatever the model's type: let them stay in float64."""
-    rounded = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else rounded(x))
 
 
 def recorded(model: nn.Module, tape: ScoreTape, batch: Batch, rows: Rows) -> Tensor:
@@ -284,13 +277,6 @@ def test_pure_bf16_norms_against_sums_in_float32(name: str) -> None:
 
 
 # Compilation: the backend traces and cuts as any, and leaves out the slow part, making code.
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def compiled(model: Any, way: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,7 @@ class TokenLogProbs:
         if not isinstance(head, nn.Module):
             self._warn("has no head that can be found")
             return
-        if type(head) is nn.Linear:
-            head.__class__ = LogProbHead
+        _teach(head)
         self.remove = weakref.finalize(self, _remove_all, _watch(head, weakref.ref(self)))
         """Takes the hooks off the head."""
         self._try(head)
@@ -126,21 +126,21 @@ class TokenLogProbs:
         """Find out what this model can be asked; what it cannot is said once."""
         self._vocabulary = int(head.weight.shape[0]) if isinstance(head, LogProbHead) else 0
         rows = pack(_probes(self._model), packed=False).to(self._model.device)
-        numbers = next(self._model.parameters())
-        expected = sampled_log_probs(self._model, rows, self._temperature)
+        with _output_types(head) as types:
+            expected = sampled_log_probs(self._model, rows, self._temperature)
         try:
             selected = _chosen(self._run(rows), sampled_tokens(rows), self._temperature)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             return self._warn(f"cannot show its head a selection of positions ({error})")
-        if not _agree(selected, expected, numbers):
+        if not _agree(selected, expected, types[0]):
             return self._warn("gives other log-probs when its head is shown a selection of positions")
         self._selects = True
         if not isinstance(head, LogProbHead):
             return self._warn(f"has a head that is no plain linear layer ({type(head).__name__})")
-        if not _bends_as(self._curve, self._model, head):
+        if not _bends_as(self._curve, self._model, head, types[0]):
             return self._warn("changes its logits after the head in a way that its config does not tell")
         asked = self._asked(rows, Question(sampled_tokens(rows), self._curve, budget=1))
-        if not _agree(asked, expected, numbers):
+        if not _agree(asked, expected, types[0]):
             return self._warn("gives other log-probs when they are computed in pieces")
         self._in_pieces = True
 
@@ -166,6 +166,16 @@ def curve_of(config: Any, temperature: float = 1.0) -> Curve:
             scale *= float(factor) ** power
     caps = [float(cap) for name in _CAPS if (cap := getattr(config, name, None))]
     return Curve(scale, caps[0] if caps else None, temperature)
+
+
+def _teach(head: nn.Module) -> None:
+    """Make a plain linear head a LogProbHead; FSDP's subclass of one stays what it is besides."""
+    kind = type(head)
+    plain = kind.forward is nn.Linear.forward and "forward" not in vars(head)
+    if plain and not isinstance(head, LogProbHead):
+        head.__class__ = (
+            LogProbHead if kind is nn.Linear else type(f"LogProb{kind.__name__}", (LogProbHead, kind), {})
+        )
 
 
 def _chosen(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], temperature: float) -> Tensor:
@@ -196,30 +206,41 @@ def _remove_all(handles: list[Any]) -> None:
         handle.remove()
 
 
-def _agree(found: Tensor, expected: Tensor, like: Tensor) -> bool:
-    """Equal but for rounding in the number type of ``like``."""
-    return bool((found - expected).abs().mean() < _tolerance(like))
+@contextlib.contextmanager
+def _output_types(head: nn.Module) -> Generator[list[torch.dtype]]:
+    """Number types of what the head gives, call by call; FSDP and autocast make them other than its weight's."""
+    types: list[torch.dtype] = []
+    handle = head.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+    try:
+        yield types
+    finally:
+        handle.remove()
 
 
-def _tolerance(like: Tensor) -> float:
-    return 8 * torch.finfo(like.dtype).eps ** 0.75
+def _agree(found: Tensor, expected: Tensor, number_type: torch.dtype) -> bool:
+    """Equal but for rounding in this number type."""
+    return bool((found - expected).abs().mean() < _tolerance(number_type))
 
 
-def _bends_as(curve: Curve, model: PreTrainedModel, head: LogProbHead) -> bool:
+def _tolerance(number_type: torch.dtype) -> float:
+    return 8 * torch.finfo(number_type).eps ** 0.75
+
+
+def _bends_as(curve: Curve, model: PreTrainedModel, head: LogProbHead, number_type: torch.dtype) -> bool:
     """Whether the model makes of its head's product what the curve does, shown products from −100 to 100.
 
     (The products of untrained weights are too small for a cap to show.)
     """
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
     width = head.weight.shape[0]
-    z = torch.linspace(-100, 100, 2 * width, device=model.device).view(1, 2, width).to(head.weight.dtype)
-    handle = head.register_forward_hook(lambda module, args, output: z.clone())
+    z = torch.linspace(-100, 100, 2 * width, device=model.device).view(1, 2, width)
+    handle = head.register_forward_hook(lambda module, args, output: z.to(output.dtype, copy=True))
     try:
         logits = precise(model(input_ids=ids, use_cache=False).logits)
     finally:
         handle.remove()
-    limit = _tolerance(head.weight)
-    expected = replace(curve, temperature=1.0)(precise(z.clone())).to(logits)
+    limit = _tolerance(number_type)
+    expected = replace(curve, temperature=1.0)(precise(z.to(number_type))).to(logits)
     return torch.allclose(logits, expected, rtol=limit, atol=limit)
 
 

@@ -163,8 +163,7 @@ def _row_kernel(
 ) -> Float[Tensor, "n S T"]:
     """rows_t · rows'_u; the row of a lookup is one-hot, so that its product is an element of the other."""
     if isinstance(one, Outer) and isinstance(other, Outer):
-        every = slice(None)
-        return _gathered(mine, one.rows, every) @ _gathered(yours, other.rows, every).mT
+        return reduce(torch.add, _kernels(one.rows, mine, other.rows, yours))
     if isinstance(one, Lookup) and isinstance(other, Lookup):
         return one.tokens[mine.index][:, :, None] == other.tokens[yours.index][:, None, :]
     if isinstance(one, Lookup) and isinstance(other, Outer):
@@ -173,3 +172,14 @@ def _row_kernel(
             return precise(other.rows.elements(yours.index, tokens)).mT
         return other.rows[yours.index[:, None, :], tokens[:, :, None]]
     return _row_kernel(other, yours, one, mine).mT
+
+
+def _kernels(
+    one: Tensor | LogitGradients, mine: Block, other: Tensor | LogitGradients, yours: Block
+) -> Iterator[Float[Tensor, "n S T"]]:
+    """rows_t · rows'_u in parts; rows that are made when they are read are never there in full width."""
+    made = isinstance(one, LogitGradients) or isinstance(other, LogitGradients)
+    width = one.shape[-1] if not made else max(mine.index.shape[1], yours.index.shape[1])
+    for begin in range(0, one.shape[-1], width):
+        part = slice(begin, begin + width)
+        yield _gathered(mine, one, part) @ _gathered(yours, other, part).mT

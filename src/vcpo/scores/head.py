@@ -63,6 +63,8 @@ class Question:
     """log Σ_v e^l of each token; the head's answer, for whoever needs probabilities again."""
     number_type: torch.dtype | None = None
     """In which the head multiplied; the head's answer too."""
+    version: int = 0
+    """Of weight and bias in the call (:func:`version_of`); the head's answer too."""
     of_activations_only: bool = False
     """The backward pass shall leave out the gradients of weight and bias; autograd does not tell it."""
 
@@ -82,6 +84,7 @@ class LogProbHead(nn.Linear):
             return super().forward(input)
         hidden, weight, bias = _as_autocast_would(input, self.weight, self.bias)
         question.number_type = hidden.dtype
+        question.version = version_of(self.weight, self.bias)
         log_probs, question.log_normalisers = _LogProbs.apply(
             hidden, weight, bias, question, torch.is_grad_enabled()
         )
@@ -135,7 +138,7 @@ class _LogProbs(torch.autograd.Function):
             bias=bias,
             tokens=question.tokens,
             log_normalisers=normalisers,
-            weight_version=weight._version,
+            version=version_of(weight, bias),
             grads=grad,
             curve=question.curve,
             budget=question.budget,
@@ -171,8 +174,8 @@ class LogitGradients:
     bias: Float[Tensor, " V"] | None
     tokens: Int[Tensor, " N"]
     log_normalisers: Float[Tensor, " N"]
-    weight_version: int
-    """``weight._version`` as it was when log-probabilities were found."""
+    version: int
+    """Of weight and bias when log-probabilities were found."""
     grads: Float[Tensor, " N"]
     """Of the log-probabilities."""
     curve: Curve
@@ -199,30 +202,38 @@ class LogitGradients:
         self, tokens: slice | Int[Tensor, " n"], vocabulary: slice = slice(None)
     ) -> Float[Tensor, "n w"]:
         """The rows of some tokens, in the columns of a part of the vocabulary."""
-        logits, slope = self._logits(self.hidden[tokens], self.weight[vocabulary].mT, vocabulary)
+        z = functional.linear(self.hidden[tokens], *self._parameters_of(vocabulary))
+        logits, slope = self.curve.with_slope(precise(z))
         first = self.tokens[tokens] - (vocabulary.start or 0)
         return self._finished(_surprises(logits, self.log_normalisers[tokens], first), slope, tokens)
 
     def elements(self, tokens: Int[Tensor, "n S"], columns: Int[Tensor, "n T"]) -> Float[Tensor, "n S T"]:
         """Of each of n lists of tokens, the columns that the list beside it names."""
-        logits, slope = self._logits(self.hidden[tokens], self.weight[columns].mT, columns[:, None])
+        weight, bias = self._parameters_of(columns)
+        hidden, weight = self.hidden[tokens], weight.mT
+        z = hidden @ weight if bias is None else torch.baddbmm(bias[:, None], hidden, weight)
+        logits, slope = self.curve.with_slope(precise(z))
         chosen = self.tokens[tokens][:, :, None] == columns[:, None, :]
         others = logits.sub(self.log_normalisers[tokens][..., None]).exp_()
         return self._finished(chosen.to(others) - others, slope, tokens)
 
-    def _logits(self, hidden: Tensor, weight: Tensor, columns: Any) -> tuple[Tensor, Tensor | float]:
-        if self.weight._version != self.weight_version:
+    def _parameters_of(self, columns: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight's rows and the bias of these columns, in the number type of the product."""
+        if version_of(self.weight, self.bias) != self.version:
             raise VcpoError(
                 "the head's weights have changed since the forward pass, and its gradient is made from them: "
-                "use a record before the next optimizer step"
+                "measure, and use the record, before the next optimizer step"
             )
-        z = hidden @ weight.to(hidden.dtype)
-        if self.bias is not None:
-            z = z + self.bias[columns].to(z.dtype)
-        return self.curve.with_slope(precise(z))
+        weight, bias = self.weight[columns], None if self.bias is None else self.bias[columns]
+        return weight.to(self.hidden.dtype), None if bias is None else bias.to(self.hidden.dtype)
 
     def _finished(self, e: Tensor, slope: Tensor | float, tokens: slice | Tensor) -> Tensor:
         return e.mul_(slope).mul_(self.grads[tokens][..., None]).to(self.hidden.dtype)
+
+
+def version_of(weight: Tensor, bias: Tensor | None) -> int:
+    """Another number after either was changed in place."""
+    return weight._version + (0 if bias is None else bias._version)
 
 
 def _surprises(
@@ -243,6 +254,6 @@ def add_product(total: Tensor, rows: Tensor, columns: Tensor) -> None:
 
 
 def _parts(count: int, width: int, budget: int) -> Iterator[slice]:
-    """Slices of ``count`` rows, each of at most ``budget`` numbers or one row."""
-    step = max(1, budget // width)
-    return (slice(begin, min(begin + step, count)) for begin in range(0, count, step))
+    """Slices of ``count`` rows, each of at most ``budget`` numbers or one row; an empty one of no rows."""
+    step = max(1, budget // max(width, 1))
+    return (slice(begin, min(begin + step, count)) for begin in range(0, max(count, 1), step))

@@ -86,7 +86,7 @@ def asked_head(
         hidden=a,
         weight=weight,
         bias=bias,
-        weight_version=weight._version,
+        version=question.version,
         tokens=question.tokens,
         log_normalisers=question.log_normalisers,
         grads=e,

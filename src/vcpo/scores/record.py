@@ -101,8 +101,11 @@ def _add_product(total: Tensor, use: Outer, weights: Weights) -> None:
     rows, columns = use.rows, use.columns
     if isinstance(rows, LogitGradients):
         columns = weights.times(columns, use.layout)
-        for part, piece in rows.pieces():
-            add_product(total, piece, columns[part])
+        added = total if total.dtype == precise(total[:0]).dtype else torch.zeros_like(precise(total))
+        for part, piece in rows.pieces():  # many pieces would lose their digits in a half-precision sum
+            add_product(added, piece, columns[part])
+        if added is not total:
+            total.add_(added)
         return
     if rows.shape[-1] < columns.shape[-1]:
         rows = weights.times(rows, use.layout)

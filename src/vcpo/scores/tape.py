@@ -26,7 +26,7 @@ from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
 from vcpo.scores.choice import METHODS, Choice
 from vcpo.scores.collector import Collector
 from vcpo.scores.factors import Factor, Vector
-from vcpo.scores.head import Question
+from vcpo.scores.head import Question, version_of
 from vcpo.scores.layers import Rule, asked_head, rule_for
 from vcpo.scores.layout import BUDGET, Layout
 from vcpo.scores.record import Record, ScoreNorms, is_sharded
@@ -240,7 +240,7 @@ class ScoreTape:
             return None
         given = [value for value in (*args, *kwargs.values()) if value is not None]
         questions = [value for value in given if isinstance(value, Question)]
-        given = [value for value in given if value not in questions]
+        given = [value for value in given if not isinstance(value, Question)]
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
             raise self._unsupported(
                 module, "was called with more than one tensor, or gave more: its rule is for one in, one out"
@@ -443,9 +443,7 @@ class ScoreTape:
         seen = rows if chosen is None else chosen.owners.shape
         try:
             if use.question is not None:
-                weight, bias = (self._as_called(use, own) for own in ("weight", "bias"))
-                assert weight is not None
-                factors = asked_head(use.question, weight, bias, a, e, seen)
+                factors = asked_head(*self._as_called(use, use.question), a, e, seen)
             else:
                 factors = self._rules[use.module](use.module, a, e, seen)
         except ValueError as error:
@@ -457,12 +455,13 @@ class ScoreTape:
             return found
         return [(p, replace(f, layout=chosen.layout)) for p, f in found]
 
-    def _as_called(self, use: _Use, own: str) -> Tensor | None:
-        """A parameter with the values of the call; FSDP's as a copy, since it takes gathered ones away."""
-        parameter = use.parameters.get(own, getattr(use.module, own))
-        if parameter is not None and is_sharded(self._registered.get((use.module, own), parameter)):
-            return parameter.detach().clone()
-        return parameter
+    def _as_called(self, use: _Use, question: Question) -> tuple[Question, Tensor, Tensor | None]:
+        """Weight and bias with the values of the call; FSDP's as copies, since it takes gathered ones away."""
+        weight, bias = (use.parameters.get(own, getattr(use.module, own)) for own in ("weight", "bias"))
+        if any(is_sharded(p) for (module, _), p in self._registered.items() if module is use.module):
+            weight, bias = (None if p is None else p.detach().clone() for p in (weight, bias))
+            question = replace(question, version=version_of(weight, bias))
+        return question, weight, bias
 
     def _check_bypass(self, recording: _Recording, edges: Counter[Tensor], arrived: Counter[Tensor]) -> None:
         """A parameter that the graph meets more often than the taps was used outside its modules."""
