@@ -34,7 +34,7 @@ VIEWS = {"empty", "empty_strided", "empty_like", "view", "as_strided", "transpos
 def peak_memory(bench: Bench, variant: Variant) -> int:
     """Bytes that all tensors alive hold at the peak of a step: weights, gradients, optimizer, activations."""
     if bench.device == "cuda":
-        return _peak_on_gpu(lambda: bench.run(variant))
+        return peak_on_gpu(lambda: bench.run(variant))
     few = min(FEW * bench.setting.group, bench.setting.trajectories)
 
     def two_steps() -> None:
@@ -42,10 +42,10 @@ def peak_memory(bench: Bench, variant: Variant) -> int:
         for _ in range(2):  # the first makes the optimizer's state
             anew.run(variant)
 
-    return _peak_on_cpu(two_steps)
+    return peak_on_cpu(two_steps)
 
 
-def _peak_on_gpu(work: Callable[[], object]) -> int:
+def peak_on_gpu(work: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     work()
@@ -53,7 +53,7 @@ def _peak_on_gpu(work: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def _peak_on_cpu(work: Callable[[], object]) -> int:
+def peak_on_cpu(work: Callable[[], object]) -> int:
     """Added up from the allocator's events, so ``work`` must itself make all that shall count.
 
     What the process holds beside tensors does not, nor memory that was freed and not yet given back.

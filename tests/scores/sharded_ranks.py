@@ -27,6 +27,7 @@ from score_cases import (
     objective_of,
     packed,
     padded,
+    trajectories_of,
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,6 +36,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional
 
 from vcpo.errors import VcpoError
+from vcpo.policy.log_probs import TokenLogProbs, predicting
+from vcpo.policy.packing import PackedRows, pack
 from vcpo.scores import Record, ScoreTape
 from vcpo.scores.choice import Choice
 
@@ -79,6 +82,8 @@ class Case:
     compiled: bool = False
     tape_first: bool = False
     """The tape is made before the model is sharded."""
+    logit_budget: int | None = None
+    """Log-probs come from TokenLogProbs with this budget; None: from all logits."""
 
 
 CASES = {
@@ -104,6 +109,13 @@ CASES = {
     "ordinary backward": Case("llama-tied", ordinary_backward=True),
     "ordinary backward, checkpointing": Case(ordinary_backward=True, checkpointing=True, method=GHOST),
     "tape first": Case(tape_first=True),
+    "head in pieces": Case(logit_budget=1),
+    "head in pieces, tied, kept gathered": Case("llama-tied", reshard=False, logit_budget=1),
+    "head in pieces, ends alone": Case(ends_alone=True, method=GHOST, logit_budget=40),
+    "head in pieces, lora": Case("lora", logit_budget=1),
+    "head in pieces, ordinary backward": Case("llama-tied", ordinary_backward=True, logit_budget=1),
+    "head in pieces, no trajectory on a rank": Case(split=((0, 1, 2, 3, 4, 5), ()), logit_budget=1),
+    "selected head, checkpointing": Case("llama-tied", checkpointing=True, logit_budget=10**9),
     "bf16": Case(precision=torch.float32, half_in_calls=True),
     "bf16, tied, checkpointing": Case("llama-tied", torch.float32, half_in_calls=True, checkpointing=True),
 }
@@ -153,11 +165,12 @@ def run(case: Case, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
     early = ScoreTape(model, method=case.method) if case.tape_first else None
     prepare(model, case)
     tape = early or ScoreTape(model, method=case.method)
+    log_probs = None if case.logit_budget is None else TokenLogProbs(model, logit_budget=case.logit_budget)
     own = [list(case.split[rank][k :: case.micro_batches]) for k in range(case.micro_batches)]
     if case.ordinary_backward:
-        norms = gathered(own, [ordinary_backward(model, tape, members) for members in own])
+        norms = gathered(own, [ordinary_backward(model, tape, members, log_probs) for members in own])
         return norms, full_gradients(model)
-    records = [measured(model, tape, members) for members in own]
+    records = [measured(model, tape, members, log_probs) for members in own]
     norms = gathered(own, [record.squared_norms for record in records])
     for members, record in zip(own, records, strict=True):
         record.backward(advantages(norms)[members])
@@ -196,22 +209,50 @@ def rows_of_rank(members: Sequence[int]) -> tuple[Batch, Rows]:
     return own, Rows(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)[None], torch.full((1, 3), -1))
 
 
-def objective(model: nn.Module, tape: ScoreTape, members: Sequence[int]) -> tuple[Tensor, Rows]:
+@dataclass(frozen=True)
+class Recorded:
+    """What a tape is asked about."""
+
+    objective: Tensor
+    segments: Tensor
+    count: int
+    selected: Tensor | None = None
+
+
+def recorded(
+    model: nn.Module, tape: ScoreTape, members: Sequence[int], log_probs: TokenLogProbs | None
+) -> Recorded:
     own, rows = rows_of_rank(members)
+    if log_probs is not None:
+        return recorded_selection(tape, own, rows, log_probs)
     with tape:
         logits = forward(model, rows)
     # The zero keeps the graph where there is no trajectory.
-    return objective_of(logits, own, rows) + 0 * logits.sum(), rows
+    return Recorded(objective_of(logits, own, rows) + 0 * logits.sum(), rows.segments, len(members))
 
 
-def measured(model: nn.Module, tape: ScoreTape, members: Sequence[int]) -> Record:
-    total, rows = objective(model, tape, members)
-    return tape.measure(total, rows.segments, len(members))
+def recorded_selection(tape: ScoreTape, own: Batch, rows: Rows, log_probs: TokenLogProbs) -> Recorded:
+    nowhere = torch.zeros(0, dtype=torch.long)
+    layout = PackedRows(rows.ids, rows.positions, rows.segments, *4 * [nowhere], count=0, width=1)
+    layout = pack(trajectories_of(own), packed=False) if own.sequences else layout
+    with tape:
+        found = log_probs(layout)
+    total = (own.normalisers.to(found)[layout.action_owners] * found).sum()
+    return Recorded(total, layout.segments, layout.count, predicting(layout))
 
 
-def ordinary_backward(model: nn.Module, tape: ScoreTape, members: Sequence[int]) -> Tensor:
-    total, rows = objective(model, tape, members)
-    return tape.backward(total, rows.segments, len(members)).squared_norms
+def measured(
+    model: nn.Module, tape: ScoreTape, members: Sequence[int], log_probs: TokenLogProbs | None = None
+) -> Record:
+    of = recorded(model, tape, members, log_probs)
+    return tape.measure(of.objective, of.segments, of.count, of.selected)
+
+
+def ordinary_backward(
+    model: nn.Module, tape: ScoreTape, members: Sequence[int], log_probs: TokenLogProbs | None
+) -> Tensor:
+    of = recorded(model, tape, members, log_probs)
+    return tape.backward(of.objective, of.segments, of.count, of.selected).squared_norms
 
 
 def gathered(own: Sequence[Sequence[int]], norms: Sequence[Tensor]) -> Tensor:
