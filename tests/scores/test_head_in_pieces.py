@@ -268,7 +268,7 @@ def test_every_part_of_the_matrix_is_what_autograd_finds(curve: str, budget: int
 def test_norms_gradients_and_sketches_are_those_of_the_matrix(budget: int) -> None:
     """A selection whose owners are in no order, one trajectory without tokens, padding: against E ⊗ H."""
     case = case_of()
-    rows, grads, made = gradients_of_rows(case, Curve(cap=2.0), budget)
+    _, grads, made = gradients_of_rows(case, Curve(cap=2.0), budget)
     there = logit_gradients(case, CURVES["capped"][1], grads)
     for layout_budget in (1, 2**24):
         layout = Layout.of(segments_of(), 5, layout_budget)
@@ -304,7 +304,7 @@ def test_with_a_whole_orthogonal_projection_a_sketch_is_exact(budget: int) -> No
         def of(self, key: str, width: int, like: Tensor) -> Tensor:
             return sylvester[:width].to(like)
 
-    rows, _, made = gradients_of_rows(case, Curve(), budget)
+    _, _, made = gradients_of_rows(case, Curve(), budget)
     layout = Layout.of(segments_of(), 5)
     projected = [(project_rows(made, Whole(0, 64), "head"), case.hidden)]
     found = sketched_norms(projected, layout).squared_norms
@@ -319,7 +319,7 @@ def test_a_head_that_is_a_table_too_or_is_asked_twice(budget: int) -> None:
     other.head = case.head
     grads, uses, matrices = [], [], []
     for one, curve in ((case, "scaled"), (other, "capped")):
-        rows, grad, made = gradients_of_rows(one, CURVES[curve][0], budget)
+        _, grad, made = gradients_of_rows(one, CURVES[curve][0], budget)
         grads.append(grad)
         uses.append(made)
         matrices.append((logit_gradients(one, CURVES[curve][1], grad), one.hidden.detach()))
@@ -329,7 +329,8 @@ def test_a_head_that_is_a_table_too_or_is_asked_twice(budget: int) -> None:
     every: list[Factor] = [*uses, table]
     for chosen in ([0, 1], [0, 2], [2, 1], [0, 1, 2]):
         gradients = [
-            sum(matrices[k][0][owners == i].mT @ matrices[k][1][owners == i] for k in chosen) for i in range(5)
+            sum(matrices[k][0][owners == i].mT @ matrices[k][1][owners == i] for k in chosen)
+            for i in range(5)
         ]
         expected = torch.stack([torch.as_tensor(g).square().sum() for g in gradients])
         for layout_budget in (1, 2**24):

@@ -66,7 +66,9 @@ def objective_of(log_probs: Tensor, batch: Batch, rows: PackedRows) -> Tensor:
 class Asked:
     """A model, its log-probs and its tape."""
 
-    def __init__(self, model: Any, *, budget: int = 1, method: str | Choice = "exact", **options: Any) -> None:
+    def __init__(
+        self, model: Any, *, budget: int = 1, method: str | Choice = "exact", **options: Any
+    ) -> None:
         self.model = model
         self.tape = ScoreTape(model, method=method, **options)
         self.log_probs = TokenLogProbs(model, logit_budget=budget)
@@ -135,7 +137,9 @@ def capped(model: Any) -> Any:
 
 
 @pytest.mark.usefixtures("norm_layers_in_float64")
-@pytest.mark.parametrize(("way", "choice"), [("one token a piece", "ghost"), ("some", "formed"), ("whole", "ghost")])
+@pytest.mark.parametrize(
+    ("way", "choice"), [("one token a piece", "ghost"), ("some", "formed"), ("whole", "ghost")]
+)
 @pytest.mark.parametrize("head", HEADS)
 def test_norms_and_gradients_of_every_head(head: str, way: str, choice: str) -> None:
     """Trajectories that share rows, one of them without sampled tokens, and padding."""
@@ -297,7 +301,9 @@ def test_bfloat16_autocast(name: str, inside: bool) -> None:
     norms = torch.stack([squared(one) for one in each])
     torch.testing.assert_close(record.squared_norms.double(), norms, rtol=2e-2, atol=0.0)
     found = asked.gradients()
-    expected = {n: torch.tensordot(COEFFICIENTS, torch.stack([o[n].double() for o in each]), 1) for n in found}
+    expected = {
+        n: torch.tensordot(COEFFICIENTS, torch.stack([o[n].double() for o in each]), 1) for n in found
+    }
     assert squared({n: found[n] - expected[n] for n in found}) < 2**-13 * squared(expected)
 
 

@@ -57,12 +57,12 @@ class TokenLogProbs:
     (:class:`vcpo.scores.head.LogProbHead`), and memory does not grow with N·V, in the backward pass neither.
 
     The model itself is called, so that what wraps it (FSDP, checkpointing, a tape) works as ever; a hook on
-    the head shows it the selection. What a model does with logits after its head (scaling, capping) is read off
-    its config and tried here, on a few short sequences. A model that does not fit gets the logits it always
-    had, with one warning: of the selection where its head is of another kind (LoRA on the head), of all
-    positions where it cannot be shown a selection.
+    the head shows it the selection. What a model does with logits after its head (scaling, capping) is read
+    off its config and tried here, on a few short sequences. A model that does not fit gets the logits it
+    always had, with one warning: of the selection where its head is of another kind (LoRA on the head), of
+    all positions where it cannot be shown a selection.
 
-    A tape that records a call must be told of the selection: ``tape.measure(..., selected=predicting(rows))``.
+    A tape that records a call must be told: ``tape.measure(..., selected=predicting(rows))``.
     """
 
     def __init__(
@@ -81,7 +81,9 @@ class TokenLogProbs:
         _teach(head)
         self.remove = weakref.finalize(self, _remove_all, _watch(head, weakref.ref(self)))
         """Takes the hooks off the head."""
-        self._try(head)
+        # Trying a compiled model would compile it once for every hook that comes and goes.
+        with torch.compiler.set_stance("force_eager"):
+            self._try(head)
 
     def __call__(self, rows: PackedRows) -> Float[Tensor, " N"]:
         tokens = sampled_tokens(rows)
@@ -96,8 +98,8 @@ class TokenLogProbs:
         try:
             output = self._run(rows)
             assert self._answer is not None
-            # What the model makes of log-probabilities means nothing; but FSDP waits at the model's output for
-            # the backward pass to begin.
+            # What the model makes of log-probabilities means nothing; but FSDP waits at the model's output
+            # for the backward pass to begin.
             return self._answer + 0 * output
         finally:
             self._question = self._answer = None
@@ -131,17 +133,22 @@ class TokenLogProbs:
         try:
             selected = _chosen(self._run(rows), sampled_tokens(rows), self._temperature)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            return self._warn(f"cannot show its head a selection of positions ({error})")
+            self._warn(f"cannot show its head a selection of positions ({error})")
+            return
         if not _agree(selected, expected, types[0]):
-            return self._warn("gives other log-probs when its head is shown a selection of positions")
+            self._warn("gives other log-probs when its head is shown a selection of positions")
+            return
         self._selects = True
         if not isinstance(head, LogProbHead):
-            return self._warn(f"has a head that is no plain linear layer ({type(head).__name__})")
+            self._warn(f"has a head that is no plain linear layer ({type(head).__name__})")
+            return
         if not _bends_as(self._curve, self._model, head, types[0]):
-            return self._warn("changes its logits after the head in a way that its config does not tell")
+            self._warn("changes its logits after the head in a way that its config does not tell")
+            return
         asked = self._asked(rows, Question(sampled_tokens(rows), self._curve, budget=1))
         if not _agree(asked, expected, types[0]):
-            return self._warn("gives other log-probs when they are computed in pieces")
+            self._warn("gives other log-probs when they are computed in pieces")
+            return
         self._in_pieces = True
 
     def _warn(self, problem: str) -> None:
@@ -208,7 +215,7 @@ def _remove_all(handles: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _output_types(head: nn.Module) -> Generator[list[torch.dtype]]:
-    """Number types of what the head gives, call by call; FSDP and autocast make them other than its weight's."""
+    """Number types of what the head gives, call by call: with FSDP or autocast not those of its weight."""
     types: list[torch.dtype] = []
     handle = head.register_forward_hook(lambda module, args, output: types.append(output.dtype))
     try:

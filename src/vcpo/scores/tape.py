@@ -447,8 +447,13 @@ class ScoreTape:
             else:
                 factors = self._rules[use.module](use.module, a, e, seen)
         except ValueError as error:
+            which = (
+                f"of which {len(chosen.owners)} are selected"
+                if chosen is not None
+                else "none of them selected (selected= says which positions a head was shown)"
+            )
             raise self._unsupported(
-                use.module, f"saw {error}, but the segments are {tuple(rows)} (rows, positions)"
+                use.module, f"saw {error}, but the segments are {tuple(rows)} (rows, positions), {which}"
             ) from error
         found = [(parameter, factors[own]) for own, parameter in use.parameters.items()]
         if chosen is None:
@@ -456,7 +461,7 @@ class ScoreTape:
         return [(p, replace(f, layout=chosen.layout)) for p, f in found]
 
     def _as_called(self, use: _Use, question: Question) -> tuple[Question, Tensor, Tensor | None]:
-        """Weight and bias with the values of the call; FSDP's as copies, since it takes gathered ones away."""
+        """Weight and bias as they were in the call; FSDP's as copies, since it takes gathered ones away."""
         weight, bias = (use.parameters.get(own, getattr(use.module, own)) for own in ("weight", "bias"))
         if any(is_sharded(p) for (module, _), p in self._registered.items() if module is use.module):
             weight, bias = (None if p is None else p.detach().clone() for p in (weight, bias))
