@@ -23,8 +23,8 @@ import argparse
 import gc
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ class Bench:
 
     def peak(self, variant: str, work: str) -> int:
         self.model.zero_grad()
-        run: Callable[[], None] = lambda: self.step(variant, work)  # noqa: E731
+        run = partial(self.step, variant, work)
         if self.device == "cpu":
             return peak_on_cpu(run)
         before = torch.cuda.memory_allocated()
@@ -170,7 +170,7 @@ def trajectories(setting: Setting) -> list[Trajectory]:
 def measure(setting: Setting, device: str) -> list[Row]:
     bench = Bench(setting, device)
     name = f"{setting.vocabulary:,} × {setting.width}"
-    combinations = list(itertools.product(PASSES, VARIANTS))
+    combinations: list[tuple[str, str]] = list(itertools.product(PASSES, VARIANTS))
     differences, peaks = {}, {}
     for work in PASSES:
         reference = bench.gradient("full", work)

@@ -114,7 +114,7 @@ class Bent(LlamaForCausalLM):
     """Logits are bent in a way that no config tells."""
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        found = super().forward(*args, **inputs)
+        found: Any = super().forward(*args, **inputs)
         found.logits = found.logits.sin()
         return found
 
@@ -123,7 +123,7 @@ class Shifted(LlamaForCausalLM):
     """Looks at logits by row and position, so that its head must be shown all."""
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        found = super().forward(*args, **inputs)
+        found: Any = super().forward(*args, **inputs)
         rows, positions, _ = found.logits.shape
         found.logits = found.logits + found.logits.new_ones(rows, positions, 1)
         return found
@@ -133,7 +133,7 @@ class Averaged(LlamaForCausalLM):
     """What it says of a position depends on how many its head saw."""
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        found = super().forward(*args, **inputs)
+        found: Any = super().forward(*args, **inputs)
         found.logits = found.logits * (found.logits.numel() / 1000)
         return found
 

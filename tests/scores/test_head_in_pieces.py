@@ -131,7 +131,7 @@ def test_by_hand() -> None:
     linear.__class__ = LogProbHead
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[3.0], [1.0]]).log())
-    hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    hidden: Any = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     log_prob = linear(hidden, Question(torch.tensor([0]), Curve(), budget=1))
     assert float(log_prob.detach()) == pytest.approx(torch.tensor(0.75).log().item(), rel=1e-6)
     log_prob.sum().backward()
@@ -181,7 +181,7 @@ def test_a_token_of_no_probability_and_one_of_all() -> None:
     linear.__class__ = LogProbHead
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[800.0], [-800.0], [0.0]]))
-    hidden = torch.ones(2, 1, requires_grad=True)
+    hidden: Any = torch.ones(2, 1, requires_grad=True)
     found = linear(hidden, Question(torch.tensor([0, 1]), Curve(), budget=1))
     assert found.tolist() == [0.0, -1600.0]
     found.sum().backward()
@@ -228,7 +228,7 @@ def test_many_pieces_do_not_lose_their_digits_in_a_bfloat16_gradient(budget: int
     rows, grads, outer = gradients_of_rows(case, Curve(), budget)
     layout = Layout.of(torch.zeros(600, dtype=torch.long), 1)
     total = torch.zeros_like(case.head.weight)
-    Factored([outer]).add_to(total, Weights(torch.ones(1), layout))
+    Factored.of([outer]).add_to(total, Weights(torch.ones(1), layout))
     expected = logit_gradients(case, lambda z: z, grads).double().mT @ case.hidden.double()
     assert float((total.double() - expected).norm() / expected.norm()) < 2**-8
     ordinary = case.gradients(case.asked(Curve(), budget))["weight"].double()
@@ -280,7 +280,7 @@ def test_norms_gradients_and_sketches_are_those_of_the_matrix(budget: int) -> No
         torch.testing.assert_close(matrix_norms([made], layout), norms, rtol=1e-10, atol=0.0)
         coefficients = torch.tensor([1.0, -2.0, 5.0, 0.0, 0.3], dtype=torch.float64)
         total = torch.ones_like(formed[0])
-        Factored([made]).add_to(total, Weights(coefficients, layout))
+        Factored.of([made]).add_to(total, Weights(coefficients, layout))
         expected = 1 + torch.tensordot(coefficients, formed, 1)
         torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-12)
         signs = Signs(5, 8)
@@ -393,7 +393,7 @@ def test_no_tensor_is_larger_than_the_budget_or_the_weight(curve: str) -> None:
         _, _, made = gradients_of_rows(case, CURVES[curve][0], 10_000)
         matrix_norms([made], layout)
         project_rows(made, Signs(0, 4), "head")
-        Factored([made]).add_to(torch.zeros(1000, D), Weights(torch.ones(5), layout))
+        Factored.of([made]).add_to(torch.zeros(1000, D), Weights(torch.ones(5), layout))
     assert largest.numbers <= 10_000
     with Largest() as largest:
         case.gradients(whole(case, CURVES[curve][1]))

@@ -462,7 +462,8 @@ class ScoreTape:
 
     def _as_called(self, use: _Use, question: Question) -> tuple[Question, Tensor, Tensor | None]:
         """Weight and bias as they were in the call; FSDP's as copies, since it takes gathered ones away."""
-        weight, bias = (use.parameters.get(own, getattr(use.module, own)) for own in ("weight", "bias"))
+        values: Any = [use.parameters.get(own, getattr(use.module, own)) for own in ("weight", "bias")]
+        weight, bias = values
         if any(is_sharded(p) for (module, _), p in self._registered.items() if module is use.module):
             weight, bias = (None if p is None else p.detach().clone() for p in (weight, bias))
             question = replace(question, version=version_of(weight, bias))
