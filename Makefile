@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINES := .venv-engines
 ARGS ?=
 
 # uv resolves and installs much faster than pip; it does not read pip's find-links by itself.
@@ -14,10 +15,10 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
      $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'; }
 endef
 
-.PHONY: help install train test lint clean
+.PHONY: help install train test test-engines lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## make .venv and install vcpo in it
 
@@ -27,13 +28,17 @@ train: install ## train, evaluate, write the report; make train ARGS="sort --pip
 test: $(VENV)/.installed-test ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
+test-engines: $(VENV)/.installed-test $(ENGINES)/.installed ## run the tests against real vLLM, in an environment of its own
+	OMP_NUM_THREADS=1 VCPO_ENGINES_PYTHON=$(CURDIR)/$(ENGINES)/bin/python \
+	$(BIN)/pytest engine_tests -n 2 --dist loadfile $(ARGS)
+
 lint: $(VENV)/.installed-dev ## ruff (rules and format) and pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-clean: ## remove .venv, caches and builds; runs stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-engines, caches and builds; runs stay
+	rm -rf $(VENV) $(ENGINES) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -56,4 +61,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what development needs"
 	@$(call install,.[dev])
+	@touch $@
+
+# vLLM wants older transformers than vcpo, and packages that must be left out, which pip cannot: uv alone.
+$(ENGINES)/.installed: engine_tests/requirements.txt engine_tests/overrides.txt | $(BIN)/python
+	@echo "installing vLLM into $(ENGINES)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@test -x $(ENGINES)/bin/python || $(BIN)/python -m venv --without-pip $(ENGINES)
+	@UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" UV_PYTHON_DOWNLOADS=never \
+	$(BIN)/uv pip install --quiet --python $(ENGINES)/bin/python \
+	  --override engine_tests/overrides.txt --requirement engine_tests/requirements.txt
 	@touch $@
