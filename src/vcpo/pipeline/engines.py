@@ -92,6 +92,8 @@ def check_engine(config: Config) -> None:
             f"sampler.quantization = {sampler.quantization!r} is not offered for vLLM, which cannot round to "
             "it at every update: use fp8 (GPUs), or sampler.kind = 'local' (the numerics without the speed)"
         )
+    import vcpo.samplers.vllm.server  # noqa: F401  raises if the extra is not installed
+
     servers = len(sampler.urls) or sampler.servers
     if config.pipeline.mode == "async" and samplers > servers:
         source = "sampler.urls names" if sampler.urls else "sampler.servers is"

@@ -29,10 +29,9 @@ class Expected:
 
 async def check_server(server: Server, config: Config, expected: Expected) -> None:
     """Raises ConfigError that names the server and what is wrong with it; sets ``server.model``."""
-    told = await _server_info(server)
-    answer = await server.post("/collective_rpc", {"method": "vcpo_architecture"})
+    told = await _facts(server)
     server.model = str((await server.get("/v1/models"))["data"][0]["id"])
-    _check_architecture(server, answer["results"][0], expected)
+    _check_architecture(server, told["architecture"], expected)
     await _check_tokenizer(server, expected)
     if told["max_model_len"] < expected.context_length:
         raise ConfigError(
@@ -49,17 +48,17 @@ async def check_server(server: Server, config: Config, expected: Expected) -> No
         )
 
 
-async def _server_info(server: Server) -> Mapping[str, Any]:
-    """The server's own model config, if it was started so that vcpo can use it."""
+async def _facts(server: Server) -> Mapping[str, Any]:
+    """What vcpo's extension says of the server that it is in."""
     if not await server.is_healthy():
         raise ConfigError(f"{server} does not answer: is it running, and is sampler.urls right?")
     try:
-        told = (await server.get("/server_info?config_format=json"))["vllm_config"]
+        facts = (await server.post("/collective_rpc", {"method": "vcpo_facts"}))["results"][0]
     except WorkerError as error:
         raise ConfigError(f"{error}: it lacks what updates weights; {START}") from error
-    if (told.get("weight_transfer_config") or {}).get("backend") != "vcpo":
+    if facts["weight_transfer"] != "vcpo":
         raise ConfigError(f"{server} takes no weights from vcpo; {START}")
-    return told["model_config"]
+    return facts
 
 
 def _check_architecture(server: Server, found: Mapping[str, Any], expected: Expected) -> None:

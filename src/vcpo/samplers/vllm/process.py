@@ -14,16 +14,24 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from vcpo.config import Config
 from vcpo.errors import ConfigError, WorkerError
-from vcpo.samplers.vllm.server import Server
+
+if TYPE_CHECKING:  # it needs the extra [vllm], and starting a server does not
+    from vcpo.samplers.vllm.server import Server
 
 INSIDE = Path(__file__).parent / "inside"
 POLL_SECONDS = 0.25
 EXIT_SECONDS = 3.0
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}
+_ON_A_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB for keys and values
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all servers of a machine are bound to the same cores
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker in the engine's process: one process less
+}
+"""Unless the environment says otherwise."""
 _QUANTIZATION = {"none": [], "fp8": ["--quantization", "fp8"]}
 
 
@@ -86,7 +94,7 @@ def _environment(config: Config, place: int) -> dict[str, str]:
         settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if config.model.device == "cpu":
         settings["OMP_NUM_THREADS"] = str(config.runtime.threads)
-        settings["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+        settings |= {name: os.environ.get(name, value) for name, value in _ON_A_CPU.items()}
     if config.sampler.devices:
         settings["CUDA_VISIBLE_DEVICES"] = config.sampler.devices[place].replace("+", ",")
     return dict(os.environ) | settings

@@ -11,25 +11,29 @@ a lost connection                                at once: :class:`ServerLost`
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import logging
+import json
 from collections.abc import Sequence
 from typing import Any
 
-import httpx2
-
-from vcpo.errors import WorkerError
+from vcpo.errors import ConfigError, WorkerError
 from vcpo.samplers.protocol import Completion
+
+try:
+    import aiohttp
+except ImportError as error:
+    raise ConfigError(
+        "vLLM servers are reached through aiohttp, which is not installed: pip install 'vcpo[vllm]'"
+    ) from error
 
 CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0
 """An idle connection is closed before the server does it (5 s) while a request is on its way."""
 ATTEMPTS = 3
-"""Of a completion whose connection broke although the server is well."""
+"""Of a request whose connection broke although the server is well."""
 
 Json = dict[str, Any]
-
-logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would write a line a request
 
 
 class ServerLost(WorkerError):
@@ -44,15 +48,13 @@ class Server:
     """A client of one server."""
 
     def __init__(self, name: str, url: str, timeout: float) -> None:
-        self.name, self.url = name, url
+        """Within a running event loop."""
+        self.name, self.url = name, url.rstrip("/")
         self._timeout = timeout
-        self._http = httpx2.AsyncClient(
-            base_url=url,
-            timeout=httpx2.Timeout(timeout, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(
-                max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS
-            ),
-            trust_env=False,  # a proxy of the environment is not meant for this
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=timeout),
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
         self.model = ""
         """What requests name: the model, or the adapter on top of it."""
@@ -63,11 +65,20 @@ class Server:
         return f"{self.name} at {self.url}"
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     async def is_healthy(self) -> bool:
-        with contextlib.suppress(httpx2.HTTPError):
-            return (await self._http.get("/health", timeout=CONNECT_SECONDS)).status_code == 200
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(TimeoutError):
+                try:
+                    async with asyncio.timeout(CONNECT_SECONDS):
+                        return (await self._send("GET", "/health"))[0] == 200
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                    if not isinstance(error, aiohttp.ClientConnectorError):
+                        continue  # a kept connection that the server has closed: vLLM does after its own errors
+                except aiohttp.ClientError:
+                    pass
+            return False
         return False
 
     async def get(self, path: str) -> Json:
@@ -78,23 +89,27 @@ class Server:
 
     async def _request(self, method: str, path: str, **options: Any) -> Json:
         try:
-            response = await self._http.request(method, path, **options)
-        except httpx2.ReadTimeout as error:
+            status, answer = await self._send(method, path, **options)
+        except aiohttp.SocketTimeoutError as error:
             raise WorkerError(
                 f"{self} did not answer {path} within {self._timeout:g} s (runtime.timeout_seconds)"
             ) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except aiohttp.ClientError as error:
             what = f"{type(error).__name__}: {error}".removesuffix(": ")
             if await self.is_healthy():
                 raise ConnectionBroken(f"{self} broke the connection of {path} ({what})") from error
             raise ServerLost(f"{self} cannot be reached ({what})") from error
-        if response.status_code >= 400:
-            raise await self._refusal(path, response)
-        return _json(response)
+        if status >= 400:
+            raise await self._refusal(path, status, answer)
+        return _json(answer)
 
-    async def _refusal(self, path: str, response: httpx2.Response) -> WorkerError:
-        message = f"{self} answered {path} with {response.status_code}: {_reason(response)}"
-        if response.status_code >= 500 and not await self.is_healthy():
+    async def _send(self, method: str, path: str, **options: Any) -> tuple[int, bytes]:
+        async with self._http.request(method, self.url + path, **options) as response:
+            return response.status, await response.read()
+
+    async def _refusal(self, path: str, status: int, answer: bytes) -> WorkerError:
+        message = f"{self} answered {path} with {status}: {_reason(answer)}"
+        if status >= 500 and not await self.is_healthy():
             return ServerLost(message)
         return WorkerError(message)
 
@@ -140,12 +155,15 @@ def _version(label: str) -> int:
     return int(label) if label.isdigit() else 0  # a server that was never updated says "default"
 
 
-def _json(response: httpx2.Response) -> Json:
-    return response.json() if response.content else {}
+def _json(answer: bytes) -> Json:
+    """Routes that only do something answer with nothing, or with a sentence."""
+    with contextlib.suppress(ValueError):
+        return json.loads(answer)
+    return {}
 
 
-def _reason(response: httpx2.Response) -> str:
+def _reason(answer: bytes) -> str:
     """The server's own words, in one line."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(response.json()["error"]["message"])[:300]
-    return " ".join(response.text.split())[:300] or response.reason_phrase
+        return str(json.loads(answer)["error"]["message"])[:300]
+    return " ".join(answer.decode(errors="replace").split())[:300] or "no reason given"

@@ -107,9 +107,15 @@ class Extension:
 
     vllm_config: Any
 
-    def vcpo_architecture(self) -> dict[str, Any]:
-        """The config of the model that is served."""
-        return self.vllm_config.model_config.hf_text_config.to_dict()
+    def vcpo_facts(self) -> dict[str, Any]:
+        """What is served, and how. (``/server_info`` knows too, and asks pip for all packages each time.)"""
+        model, transfer = self.vllm_config.model_config, self.vllm_config.weight_transfer_config
+        return {
+            "architecture": model.hf_text_config.to_dict(),
+            "max_model_len": model.max_model_len,
+            "logprobs_mode": str(model.logprobs_mode),
+            "weight_transfer": transfer.backend if transfer else "",
+        }
 
     def vcpo_digest(self) -> str:
         """Of the weights received last, as they arrived."""
