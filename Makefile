@@ -30,7 +30,7 @@ test: $(VENV)/.installed-test ## run the whole test suite
 
 test-engines: $(VENV)/.installed-test $(ENGINES)/.installed ## run the tests against real vLLM, in an environment of its own
 	OMP_NUM_THREADS=1 VCPO_ENGINES_PYTHON=$(CURDIR)/$(ENGINES)/bin/python \
-	$(BIN)/pytest engine_tests -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest engine_tests -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff (rules and format) and pyright
 	$(BIN)/ruff check
