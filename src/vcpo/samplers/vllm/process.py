@@ -124,8 +124,10 @@ class ServerProcess:
                 raise WorkerError(f"{self.name} {late}; see {self._log}")
             await asyncio.sleep(POLL_SECONDS)
 
-    def end_in_words(self) -> str:
-        """How it ended, if it did."""
+    async def end_in_words(self) -> str:
+        """How it ended, if it did: its connections may break a moment before."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
         code = self._process.returncode
         if code is None:
             return f"see {self._log}"

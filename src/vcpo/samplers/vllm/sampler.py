@@ -55,7 +55,9 @@ class VllmSampler:
         self._config, self._expected = config, expected
         self._share, self._logs = share, logs
         self._processes: dict[Server, ServerProcess] = {}
+        self._known: list[Server] = []
         self._servers: list[Server] = []
+        """Those of them that are not lost."""
         self._starting: asyncio.Task[None] | None = None
         self._transfer: Transfer = transfer_for(config)
         self._prober = Prober(config)
@@ -108,7 +110,7 @@ class VllmSampler:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         await asyncio.gather(*(process.end() for process in self._processes.values()))
-        await asyncio.gather(*(server.close() for server in self._servers))
+        await asyncio.gather(*(server.close() for server in self._known))
         self._transfer.close()
 
     # Servers
@@ -117,21 +119,22 @@ class VllmSampler:
         sampler, timeout = self._config.sampler, self._config.runtime.timeout_seconds
         first, step = self._share
         if sampler.urls:
-            named = [Server(f"vLLM server {i}", url, timeout) for i, url in enumerate(sampler.urls)]
-            found = named[first::step]
+            shared = list(enumerate(sampler.urls))[first::step]
+            self._known += [Server(f"vLLM server {i}", url, timeout) for i, url in shared]
         else:
-            found = [await self._launch(place) for place in range(first, sampler.servers, step)]
-        self._servers = found
-        await gather_all(self._greet(server, timeout) for server in found)
+            for place in range(first, sampler.servers, step):
+                await self._launch(place)
+        self._servers = list(self._known)
+        await gather_all(self._greet(server, timeout) for server in self._known)
 
-    async def _launch(self, place: int) -> Server:
+    async def _launch(self, place: int) -> None:
         port = free_port()
         name = f"vLLM server {place}"
         logs = self._logs or Path(tempfile.gettempdir())
         command = server_command(self._config, self._expected.model, port, place=place)
         server = Server(name, f"http://127.0.0.1:{port}", self._config.runtime.timeout_seconds)
+        self._known.append(server)
         self._processes[server] = await ServerProcess.start(name, command, logs / f"vllm-{place}.log")
-        return server
 
     async def _greet(self, server: Server, timeout: float) -> None:
         if (process := self._processes.get(server)) is not None:
@@ -139,13 +142,16 @@ class VllmSampler:
         await check_server(server, self._config, self._expected)
         await self._transfer.join(server)
 
-    def _lose(self, server: Server, error: ServerLost) -> None:
+    async def _lose(self, server: Server, error: ServerLost) -> None:
         """Go on without a server; raises WorkerError if it was the last."""
-        if server in self._servers:
+        news = server in self._servers
+        if news:
             self._servers.remove(server)
         self._homes = {session: home for session, home in self._homes.items() if home is not server}
+        if self._servers and not news:
+            return
         process = self._processes.get(server)
-        how = f"; {process.end_in_words()}" if process is not None else ""
+        how = f"; {await process.end_in_words()}" if process is not None else ""
         if not self._servers:
             raise WorkerError(f"{error}{how}; no other vLLM server is left") from error
         log.warning("%s%s; going on with %d others", error, how, len(self._servers))
@@ -184,7 +190,7 @@ class VllmSampler:
             try:
                 return await server.generate(tokens, sampling)
             except ServerLost as error:
-                self._lose(server, error)
+                await self._lose(server, error)
 
     def _home(self, session: int | None) -> Server:
         if session is not None and session in self._homes:
@@ -251,7 +257,7 @@ class VllmSampler:
             try:
                 return await work(server)
             except ServerLost as error:
-                self._lose(server, error)
+                await self._lose(server, error)
                 return None
 
         servers = self.servers

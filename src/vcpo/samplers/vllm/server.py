@@ -58,6 +58,7 @@ class Server:
         )
         self.model = ""
         """What requests name: the model, or the adapter on top of it."""
+        self.serves_adapter = False
         self.outstanding = 0
         """Tokens asked for and not yet given."""
 
@@ -136,12 +137,23 @@ class Server:
 
     async def log_probs(self, tokens: Sequence[int]) -> list[float]:
         """log π of every token but the first, given those before it, at temperature 1."""
+        if self.serves_adapter:
+            return list(await asyncio.gather(*(self._log_prob(tokens, i) for i in range(1, len(tokens)))))
         sampling = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         answer = await self._generate(tokens, sampling)
         return [
             found[str(token)]["logprob"]
             for token, found in zip(tokens[1:], answer["prompt_logprobs"][1:], strict=True)
         ]
+
+    async def _log_prob(self, tokens: Sequence[int], place: int) -> float:
+        """The same for one token. With an adapter vLLM 0.32 applies to the prompt's log-probs the batch's
+        rows of adapters, which crashes it as soon as anything else is sampled at the same time."""
+        token = tokens[place]
+        sampling = {"max_tokens": 1, "logprob_token_ids": [token, token], "detokenize": False}
+        answer = await self._generate(tokens[:place], sampling)  # of two, one can be the token that is sampled
+        told = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return next(entry["logprob"] for entry in told if entry["token_id"] == token)
 
     async def _generate(self, tokens: Sequence[int], sampling: Json) -> Json:
         body = {"token_ids": list(tokens), "sampling_params": sampling, "model": self.model}

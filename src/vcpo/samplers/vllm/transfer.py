@@ -107,7 +107,7 @@ class AdapterTransfer:
         body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
         await server.post("/v1/load_lora_adapter", body)
         await server.post("/update_weight_version", {"new_version": str(version)})
-        server.model = ADAPTER
+        server.model, server.serves_adapter = ADAPTER, True
         return checksum(weights)
 
     def served(self, version: int) -> None:
