@@ -105,7 +105,8 @@ class Bench:
             num_attention_heads=max(setting.width // 32, 1),
         )
         number: Any = torch.bfloat16 if device == "cuda" else torch.float32
-        self.model: Any = LlamaForCausalLM(config).to(device=device, dtype=number).eval()
+        model: Any = LlamaForCausalLM(config)
+        self.model: Any = model.to(device=device, dtype=number).eval()
         self.rows: PackedRows = pack(trajectories(setting)).to(device)
         self._selecting = {  # made here, since each tries its model out when it is made
             "selected": TokenLogProbs(self.model, logit_budget=2**62),

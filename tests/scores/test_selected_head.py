@@ -375,7 +375,9 @@ def test_an_optimizer_step_between_the_forward_pass_and_measuring_is_refused(aut
         objective = asked.recorded(batch, rows)
     with torch.no_grad():
         model.get_parameter("lm_head.weight").mul_(1.1)
-    with pytest.raises((VcpoError, RuntimeError), match="weights have changed since|by an inplace operation"):
+    with pytest.raises(
+        (VcpoError, RuntimeError), match=r"weights have changed since|by an inplace operation"
+    ):
         asked.tape.measure(objective, rows.segments, rows.count, predicting(rows))
 
 

@@ -64,7 +64,8 @@ class Question:
     number_type: torch.dtype | None = None
     """In which the head multiplied; the head's answer too."""
     version: int = 0
-    """Of weight and bias in the call (:func:`version_of`); the head's answer too."""
+    """Of weight and bias in the call (:func:`version_of`); noted by a tape, as a compiler would make it a
+    constant."""
     of_activations_only: bool = False
     """The backward pass shall leave out the gradients of weight and bias; autograd does not tell it."""
 
@@ -84,7 +85,6 @@ class LogProbHead(nn.Linear):
             return super().forward(input)
         hidden, weight, bias = _as_autocast_would(input, self.weight, self.bias)
         question.number_type = hidden.dtype
-        question.version = version_of(self.weight, self.bias)
         log_probs, question.log_normalisers = _LogProbs.apply(
             hidden, weight, bias, question, torch.is_grad_enabled()
         )

@@ -245,6 +245,8 @@ class ScoreTape:
             raise self._unsupported(
                 module, "was called with more than one tensor, or gave more: its rule is for one in, one out"
             )
+        for question in questions:
+            question.version = version_of(*_head_of(module))
         use = _Use(module, self._name(module), _trainable(module), *questions)
         if self._open:
             self._note(recording, use, output)
@@ -462,10 +464,10 @@ class ScoreTape:
 
     def _as_called(self, use: _Use, question: Question) -> tuple[Question, Tensor, Tensor | None]:
         """Weight and bias as they were in the call; FSDP's as copies, since it takes gathered ones away."""
-        values: Any = [use.parameters.get(own, getattr(use.module, own)) for own in ("weight", "bias")]
-        weight, bias = values
+        weight, bias = _head_of(use.module)
+        weight, bias = use.parameters.get("weight", weight), use.parameters.get("bias", bias)
         if any(is_sharded(p) for (module, _), p in self._registered.items() if module is use.module):
-            weight, bias = (None if p is None else p.detach().clone() for p in (weight, bias))
+            weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
             question = replace(question, version=version_of(weight, bias))
         return question, weight, bias
 
@@ -485,6 +487,11 @@ class ScoreTape:
 
     def _name(self, module: nn.Module) -> str:
         return f"module {self._names[module]} ({type(module).__name__})"
+
+
+def _head_of(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer."""
+    return module.weight, module.bias
 
 
 def _refuse_replicas(model: nn.Module) -> None:
