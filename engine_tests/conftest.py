@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(engine_python: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server of that model, started as a person does. Its weights are whatever the test before left."""
+    """URL of a server of that model, started as a person does. Its weights are what the test before left."""
     import playing
 
     with playing.vcpo_serve(engine_python, model, tmp_path_factory.mktemp("serve") / "log") as url:

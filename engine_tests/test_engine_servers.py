@@ -10,7 +10,8 @@ from pathlib import Path
 import playing
 import pytest
 import tiny
-from playing import NEVER, config_of, count, expected_of, kill_server, probe_of, sampling, tokens_given, until
+from playing import NEVER, config_of, count, expected_of, kill_server, probe_of, tokens_given, until
+from transformers import PreTrainedModel
 
 from vcpo.config import Config
 from vcpo.errors import PublicationError, WorkerError
@@ -44,9 +45,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sampler(
-    runner: asyncio.Runner, config: Config, tied: Path, logs: Path
-) -> Iterator[VllmSampler]:
+def sampler(runner: asyncio.Runner, config: Config, tied: Path, logs: Path) -> Iterator[VllmSampler]:
     async def start() -> VllmSampler:
         made = VllmSampler(config, expected_of(config), logs=logs)
         await made.ready()
@@ -59,7 +58,7 @@ def sampler(
     assert playing.servers_of(tied) == []
 
 
-def tied_llama(version: int):  # noqa: ANN201
+def tied_llama(version: int) -> PreTrainedModel:
     return tiny.llama(version, tie_word_embeddings=True)
 
 
@@ -83,7 +82,7 @@ def test_a_tied_head_follows_its_embedding(runner: asyncio.Runner, sampler: Vllm
 def test_the_probe_finds_the_old_tied_head_that_vllms_own_reload_leaves(
     runner: asyncio.Runner, sampler: VllmSampler, tmp_path: Path
 ) -> None:
-    """``reload_weights`` answers 200; a vLLM that mends this makes the test fail, and the mend superfluous."""
+    """``reload_weights`` answers 200. With a vLLM that mends this, the test fails and our mend can go."""
     write_weights(tmp_path / "model.safetensors", weight_tensors(tied_llama(3)))
 
     async def run() -> None:
@@ -98,16 +97,17 @@ def test_the_probe_finds_the_old_tied_head_that_vllms_own_reload_leaves(
     runner.run(run())
 
 
-def test_conversations_go_to_the_server_with_less_to_do(
-    runner: asyncio.Runner, sampler: VllmSampler
-) -> None:
+def test_conversations_go_to_the_server_with_less_to_do(runner: asyncio.Runner, sampler: VllmSampler) -> None:
     """Tokens outstanding decide: one long completion weighs as much as four short ones."""
 
     async def run() -> list[float]:
         before = [tokens_given(server.url) for server in sampler.servers]
         sizes = [80, 20, 20, 20, 20]
         await asyncio.gather(
-            *(sampler.generate([5, 6], max_tokens=n, stop=NEVER, seed=n, session=i) for i, n in enumerate(sizes))
+            *(
+                sampler.generate([5, 6], max_tokens=n, stop=NEVER, seed=n, session=i)
+                for i, n in enumerate(sizes)
+            )
         )
         await asyncio.gather(  # and stay there
             *(sampler.generate([5, 6, 7], max_tokens=1, stop=NEVER, seed=0, session=i) for i in range(5))
@@ -126,7 +126,9 @@ def test_one_server_lost_and_then_the_last(
     async def begin() -> list[asyncio.Task[Completion]]:
         before = [tokens_given(server.url) for server in sampler.servers]
         calls = [
-            asyncio.ensure_future(sampler.generate([5, 6, 7 + i], max_tokens=400, stop=NEVER, seed=i, session=i))
+            asyncio.ensure_future(
+                sampler.generate([5, 6, 7 + i], max_tokens=400, stop=NEVER, seed=i, session=i)
+            )
             for i in range(6)
         ]
         await until(

@@ -36,14 +36,15 @@ def test_another_model(served: str, model: Path, tmp_path: Path) -> None:
     other = tiny.save(tiny.llama(0, num_hidden_layers=3), tmp_path)
     message = refusal(config_of(other, urls=[served]))
     assert message == (
-        f"vLLM server 0 at {served} serves another model ({model}): its num_hidden_layers is 2, that of {other} is 3"
+        f"vLLM server 0 at {served} serves another model ({model}): its num_hidden_layers is 2, "
+        f"that of {other} is 3"
     )
 
 
 def test_another_tokenizer(served: str, tmp_path: Path) -> None:
     other = tiny.save(tiny.llama(0), tmp_path, tiny.LETTERS.upper())
     message = refusal(config_of(other, urls=[served]))
-    assert f"vLLM server 0 at {served} has another tokenizer than {other}: it reads 'What is" in message
+    assert f'vLLM server 0 at {served} has another tokenizer than {other}: it reads "What is' in message
     assert message.endswith(f"start it with --tokenizer {other}")
 
 
@@ -77,8 +78,8 @@ def plain(engine_python: str, model: Path, tmp_path_factory: pytest.TempPathFact
 def test_a_server_that_vcpo_did_not_start(plain: str, model: Path) -> None:
     message = refusal(config_of(model, urls=[plain]))
     assert message == (
-        f"vLLM server 0 at {plain} answered /collective_rpc with 404: Not Found: it lacks what updates weights; "
-        "start it with `vcpo serve`, which sets what vcpo needs"
+        f"vLLM server 0 at {plain} answered /collective_rpc with 404: Not Found: "
+        "it lacks what updates weights; start it with `vcpo serve`, which sets what vcpo needs"
     )
 
 
@@ -96,5 +97,7 @@ def test_too_little_memory(engine_python: str, tmp_path: Path, monkeypatch: pyte
     assert message.startswith("vLLM server 0 did not start: ")
     assert "memory" in message
     assert message.endswith(f"; see {log}")
-    assert message.removeprefix("vLLM server 0 did not start: ").removesuffix(f"; see {log}") in log.read_text()
+    assert (
+        message.removeprefix("vLLM server 0 did not start: ").removesuffix(f"; see {log}") in log.read_text()
+    )
     assert playing.servers_of(model) == []

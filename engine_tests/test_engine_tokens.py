@@ -54,7 +54,8 @@ def processed(log_probs: Tensor, temperature: float, top_p: float, top_k: int) -
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(0.7, 1.0, 0), (1.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4), (0.8, 0.7, 9)]
+    ("temperature", "top_p", "top_k"),
+    [(0.7, 1.0, 0), (1.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4), (0.8, 0.7, 9)],
 )
 def test_shaped_sampling_records_the_distribution_that_is_sampled(
     served: str, model: Path, temperature: float, top_p: float, top_k: int

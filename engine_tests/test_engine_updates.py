@@ -1,4 +1,4 @@
-"""New weights for a running vLLM server: each token's version, both ways of travel, and what the probe finds."""
+"""New weights for a running vLLM server: the version of each token, both ways of travel, the probe."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def refusal(change: Callable[[Stub], object], expected: Expected = EXPECTED, **s
     return asyncio.run(run())
 
 
-def facts(**changes: Any) -> Callable[[Stub], None]:
+def facts(**changes: object) -> Callable[[Stub], None]:
     return lambda stub: stub.answers.update({"/collective_rpc": lambda body: {"results": [FACTS | changes]}})
 
 
@@ -70,7 +70,7 @@ def facts(**changes: Any) -> Callable[[Stub], None]:
         (lambda stub: stub.answers.pop("/collective_rpc"), "404: Not Found: it lacks what updates weights"),
         (
             lambda stub: stub.answers.update({"/tokenize": lambda body: {"tokens": [5, 6]}}),
-            "has another tokenizer than my-model: it reads \"What is 12 + 30? Let's see: x = 42.\" as [5, 6]…",
+            'has another tokenizer than my-model: it reads "What is 12 + 30? Let\'s see: x = 42." as [5, 6]…',
         ),
         (lambda stub: setattr(stub, "healthy", False), "does not answer: is it running"),
     ],
@@ -82,15 +82,17 @@ def test_a_server_that_is_not_the_one_meant(change: Callable[[Stub], object], me
 def test_shaped_sampling_needs_processed_log_probs() -> None:
     raw = facts(logprobs_mode="raw_logprobs")
     for shape in ({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 3}):
-        assert "start it with --logprobs-mode processed_logprobs" in refusal(raw, **shape)
+        assert "start it with --logprobs-mode processed_logprobs" in refusal(raw, EXPECTED, **shape)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "http://127.0.0.1:99999", "nonsense"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "http://127.0.0.1:99999", "nonsense"]
+)
 def test_a_wrong_url(url: str) -> None:
     async def run() -> None:
         engine = VllmSampler(config_of(url.format(port=free_port())), EXPECTED)
         try:
-            with pytest.raises(ConfigError, match="does not answer: is it running, and is sampler.urls right"):
+            with pytest.raises(ConfigError, match="does not answer: is it running, and is sampler"):
                 await engine.ready()
         finally:
             await engine.close()
@@ -133,11 +135,19 @@ def test_a_completion_is_what_the_server_said() -> None:
             return answer
 
         stubs[0].answers["/inference/v1/generate"] = hear
-        done = await engine.generate([5, 6], max_tokens=7, stop=frozenset({4, 1}), seed=2**63 + 9, greedy=True)
+        done = await engine.generate(
+            [5, 6], max_tokens=7, stop=frozenset({4, 1}), seed=2**63 + 9, greedy=True
+        )
         assert done == Completion([9, 8, 1], [-1.0, -2.0, -3.0], [0, 4, 4], "stop")
         assert (asked[0]["token_ids"], asked[0]["model"]) == ([5, 6], "served-model")
         sampling = asked[0]["sampling_params"]
-        wanted = {"max_tokens": 7, "stop_token_ids": [1, 4], "seed": 9, "temperature": 0.0, "ignore_eos": True}
+        wanted = {
+            "max_tokens": 7,
+            "stop_token_ids": [1, 4],
+            "seed": 9,
+            "temperature": 0.0,
+            "ignore_eos": True,
+        }
         assert {key: sampling[key] for key in wanted} == wanted
         assert (engine.sampled_tokens, engine.servers[0].outstanding) == (3, 0)
 
@@ -160,8 +170,14 @@ def test_a_broken_connection_is_tried_again_and_then_told() -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda body: web.json_response({"error": {"message": "bad\n seed"}}, status=400), "with 400: bad\n seed"),
-        (lambda body: web.Response(status=500, text="Internal  Server\nError"), "with 500: Internal Server Error"),
+        (
+            lambda body: web.json_response({"error": {"message": "bad\n seed"}}, status=400),
+            "with 400: bad\n seed",
+        ),
+        (
+            lambda body: web.Response(status=500, text="Internal  Server\nError"),
+            "with 500: Internal Server Error",
+        ),
         (lambda body: web.Response(status=500), "with 500: no reason given"),
         (
             lambda body: {"choices": [completion(body)["choices"][0] | {"finish_reason": "abort"}]},
@@ -187,7 +203,9 @@ def test_a_server_that_hangs_is_told_after_the_timeout() -> None:
             stub.answers["/inference/v1/generate"] = never
             server = Server("vLLM server 0", stub.url, 0.05)
             try:
-                with pytest.raises(WorkerError, match=r"did not answer /inf.* within 0.05 s \(runtime.timeout_sec"):
+                with pytest.raises(
+                    WorkerError, match=r"did not answer /inf.* within 0.05 s \(runtime.timeout_sec"
+                ):
                     await server.generate([1], {"max_tokens": 1})
             finally:
                 await server.close()
@@ -238,7 +256,9 @@ def test_the_requests_of_a_lost_server_go_to_the_other_and_the_last_one_is_told(
         assert [c.tokens for c in done] == [[7] * 5] * 4
         assert [server.url for server in engine.servers] == [stubs[1].url]
         stubs[1].answers["/inference/v1/generate"] = die(stubs[1])
-        with pytest.raises(WorkerError, match=rf"vLLM server 1 at {stubs[1].url} .*; no other vLLM server is left"):
+        with pytest.raises(
+            WorkerError, match=rf"vLLM server 1 at {stubs[1].url} .*; no other vLLM server is left"
+        ):
             await ask(engine, 5, session=0)
         with pytest.raises(WorkerError, match="no vLLM server is left"):
             await ask(engine, 5)

@@ -37,7 +37,7 @@ class Stub:
             "/inference/v1/generate": completion,
         }
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.path
         if path == "/health":
             return web.Response(status=200 if self.healthy else 503)

@@ -76,7 +76,7 @@ class Server:
                         return (await self._send("GET", "/health"))[0] == 200
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                     if not isinstance(error, aiohttp.ClientConnectorError):
-                        continue  # a kept connection that the server has closed: vLLM does after its own errors
+                        continue  # a kept connection that the server closed: vLLM does so after its errors
                 except aiohttp.ClientError:
                     pass
             return False
@@ -150,8 +150,9 @@ class Server:
         """The same for one token. With an adapter vLLM 0.32 applies to the prompt's log-probs the batch's
         rows of adapters, which crashes it as soon as anything else is sampled at the same time."""
         token = tokens[place]
-        sampling = {"max_tokens": 1, "logprob_token_ids": [token, token], "detokenize": False}
-        answer = await self._generate(tokens[:place], sampling)  # of two, one can be the token that is sampled
+        # Two are shown: the one that is sampled, and the one asked about, where it is another.
+        sampling = {"max_tokens": 1, "logprobs": 2, "logprob_token_ids": [token] * 2, "detokenize": False}
+        answer = await self._generate(tokens[:place], sampling)
         told = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return next(entry["logprob"] for entry in told if entry["token_id"] == token)
 
