@@ -92,7 +92,7 @@ def test_a_wrong_url(url: str) -> None:
     async def run() -> None:
         engine = VllmSampler(config_of(url.format(port=free_port())), EXPECTED)
         try:
-            with pytest.raises(ConfigError, match="does not answer: is it running, and is sampler"):
+            with pytest.raises(ConfigError, match="does not answer: is it running, and is"):
                 await engine.ready()
         finally:
             await engine.close()
