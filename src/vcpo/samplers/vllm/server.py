@@ -58,7 +58,7 @@ class Server:
         )
         self.model = ""
         """What requests name: the model, or the adapter on top of it."""
-        self.serves_adapter = False
+        self.takes_adapters = False
         self.outstanding = 0
         """Tokens asked for and not yet given."""
 
@@ -137,7 +137,7 @@ class Server:
 
     async def log_probs(self, tokens: Sequence[int]) -> list[float]:
         """log π of every token but the first, given those before it, at temperature 1."""
-        if self.serves_adapter:
+        if self.takes_adapters:
             return list(await asyncio.gather(*(self._log_prob(tokens, i) for i in range(1, len(tokens)))))
         sampling = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         answer = await self._generate(tokens, sampling)
@@ -147,8 +147,8 @@ class Server:
         ]
 
     async def _log_prob(self, tokens: Sequence[int], place: int) -> float:
-        """The same for one token. With an adapter vLLM 0.32 applies to the prompt's log-probs the batch's
-        rows of adapters, which crashes it as soon as anything else is sampled at the same time."""
+        """The same for one token. A vLLM 0.32 that takes adapters applies to the log-probs of a prompt those of
+        the batch's rows, and crashes as soon as there is more than one row."""
         token = tokens[place]
         # Two are shown: the one that is sampled, and the one asked about, where it is another.
         sampling = {"max_tokens": 1, "logprobs": 2, "logprob_token_ids": [token] * 2, "detokenize": False}

@@ -98,16 +98,19 @@ class AdapterTransfer:
         self._folder = _Folder(config)
 
     async def join(self, server: Server) -> None:
-        pass
+        server.takes_adapters = True
 
     async def send(self, server: Server, version: int, weights: Mapping[str, Tensor]) -> str:
         folder = self._folder.of(weights) / f"adapter-{version}"
         if not folder.exists():
             write_adapter(folder, self._config.lora, weights)
-        body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
-        await server.post("/v1/load_lora_adapter", body)
+        if ADAPTER not in [known["id"] for known in (await server.get("/v1/models"))["data"]]:
+            await server.post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder)})
+        # Not by load_inplace: running requests would load their own version again, at every step.
+        arguments = {"name": ADAPTER, "path": str(folder)}
+        await server.post("/collective_rpc", {"method": "vcpo_load_adapter", "kwargs": arguments})
         await server.post("/update_weight_version", {"new_version": str(version)})
-        server.model, server.serves_adapter = ADAPTER, True
+        server.model = ADAPTER
         return checksum(weights)
 
     def served(self, version: int) -> None:

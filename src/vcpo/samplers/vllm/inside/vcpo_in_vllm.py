@@ -9,7 +9,7 @@ the engine.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 from vllm.distributed.weight_transfer.factory import (  # pyright: ignore[reportMissingImports]
     WeightTransferEngineFactory,
 )
+from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -106,6 +107,8 @@ class Extension:
     """Mixed into vLLM's workers: what ``/collective_rpc`` can ask of them."""
 
     vllm_config: Any
+    list_loras: Callable[[], set[int]]
+    add_lora: Callable[[LoRARequest], bool]
 
     def vcpo_facts(self) -> dict[str, Any]:
         """What is served, and how. (``/server_info`` knows too, and asks pip for all packages each time.)"""
@@ -116,6 +119,11 @@ class Extension:
             "logprobs_mode": str(model.logprobs_mode),
             "weight_transfer": transfer.backend if transfer else "",
         }
+
+    def vcpo_load_adapter(self, name: str, path: str) -> bool:
+        """Replace the one adapter that is loaded, also for requests under way."""
+        (number,) = self.list_loras()
+        return self.add_lora(LoRARequest(name, number, path, load_inplace=True))
 
     def vcpo_digest(self) -> str:
         """Of the weights received last, as they arrived."""
