@@ -147,8 +147,8 @@ class Server:
         ]
 
     async def _log_prob(self, tokens: Sequence[int], place: int) -> float:
-        """The same for one token. A vLLM 0.32 that takes adapters applies to the log-probs of a prompt those of
-        the batch's rows, and crashes as soon as there is more than one row."""
+        """The same for one token. A vLLM 0.32 that takes adapters applies those of the batch's rows to the
+        log-probs of a prompt, and crashes as soon as there is more than one row."""
         token = tokens[place]
         # Two are shown: the one that is sampled, and the one asked about, where it is another.
         sampling = {"max_tokens": 1, "logprobs": 2, "logprob_token_ids": [token] * 2, "detokenize": False}
