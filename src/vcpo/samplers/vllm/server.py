@@ -178,5 +178,6 @@ def _json(answer: bytes) -> Json:
 def _reason(answer: bytes) -> str:
     """The server's own words, in one line."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(json.loads(answer)["error"]["message"])[:300]
+        told = json.loads(answer)
+        return str(told["detail"] if "detail" in told else told["error"]["message"])[:300]
     return " ".join(answer.decode(errors="replace").split())[:300] or "no reason given"
