@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 ENGINES := .venv-engines
 ARGS ?=
 
+# Where this is set, every process would compile torch and transformers anew when it starts.
+unexport PYTHONDONTWRITEBYTECODE
+
 # uv resolves and installs much faster than pip; it does not read pip's find-links by itself.
 define install
 $(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
