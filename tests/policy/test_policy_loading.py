@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -321,6 +322,23 @@ def test_pickled_weights_are_never_opened(tmp_path: Path) -> None:
     torch.save(policy.model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
         load_policy(str(tmp_path), SMALL)
+
+
+def test_a_program_of_the_model_is_never_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, ran = tmp_path / "policy", tmp_path / "ran"
+    small_policy(SMALL, "abc", seed=0).save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "abacus", "auto_map": {"AutoConfig": "program.Abacus"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "program.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig\nclass Abacus(LlamaConfig): ...\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    with pytest.raises(ModelError, match="needs a program of its own, which vcpo never runs"):
+        load_policy(str(folder), SMALL)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])

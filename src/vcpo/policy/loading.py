@@ -93,7 +93,8 @@ def small_policy(config: ModelConfig, alphabet: str, seed: int) -> Policy:
 
 
 def load_policy(name: str, config: ModelConfig) -> Policy:
-    """Any causal LM that transformers loads, from a folder or a hub id; its weights are never unpickled.
+    """Any causal LM that transformers loads, from a folder or a hub id; its weights are never unpickled, and
+    a program that comes with it is never run.
 
     The context is ``config.context_length``, or what the model supports if that is less. Raises ModelError.
     """
@@ -107,6 +108,7 @@ def load_policy(name: str, config: ModelConfig) -> Policy:
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     if missing := sorted(report["missing_keys"]):
@@ -127,14 +129,14 @@ def load_policy(name: str, config: ModelConfig) -> Policy:
 def load_architecture(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Config and tokenizer of a causal language model, without its weights."""
     with _loading(name):
-        architecture = AutoConfig.from_pretrained(name)
+        architecture = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if architecture.get_text_config() is not architecture:
         problem = "is of more than text: give the variant for text only"
     elif type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         problem = f"is of the kind {architecture.model_type}: give a causal language model"
     else:
         with _loading(name):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         TokenizerCodec(tokenizer, name)  # refuses a tokenizer without an end
         return architecture, tokenizer
     raise ModelError(f"cannot load the model {name!r}: it {problem}")
@@ -185,6 +187,11 @@ def _loading(name: str, config: ModelConfig | None = None) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"cannot load the model {name!r}: it needs a program of its own, which vcpo never runs; give "
+                "a model that transformers knows"
+            ) from error
         what = (" ".join(str(error).split()) or type(error).__name__).split(". ")[0][:200]
         raise ModelError(
             f"cannot load the model {name!r}: {what} (give a folder with config.json, "
