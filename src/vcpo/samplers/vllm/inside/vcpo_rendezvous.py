@@ -6,6 +6,7 @@ Rank 0 is the learner, the others are the workers of all servers. The group stan
 from __future__ import annotations
 
 import datetime
+import socket
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ class WeightGroup:
     ) -> None:
         """Returns when all ranks are here; raises RuntimeError if they are not within the timeout."""
         timeout = datetime.timedelta(seconds=timeout_seconds)
+        # A store that opens its port itself listens on all interfaces, and takes whatever anybody says.
+        listening = socket.create_server((address, port)).detach() if rank == 0 else None
         store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            address, port, world_size, is_master=rank == 0, timeout=timeout
+            address, port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
         )
         apart = distributed.PrefixStore("vcpo", store)  # pyright: ignore[reportPrivateImportUsage]
         self._group = _group(apart, rank, world_size, device, timeout)
