@@ -12,7 +12,7 @@ from vcpo.errors import ConfigError
 SHARED = Path("/dev/shm")
 
 TRANSFER_PREFIX = "vcpo-weights-"
-"""Of folders for weights on their way; the id of the process that made one follows."""
+"""Of folders for weights on their way; the process that made one follows, by id and namespace of ids."""
 
 
 def transfer_folder(size: int, chosen: str = "") -> Path:
@@ -27,12 +27,22 @@ def transfer_folder(size: int, chosen: str = "") -> Path:
             f"runtime.weights_folder = {chosen!r} is no folder to write {size:,} bytes in: make it, or free "
             "space"
         )
-    return Path(tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=parent if fits else None))
+    prefix = f"{TRANSFER_PREFIX}{os.getpid()}-{_namespace()}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent if fits else None))
 
 
 def _remove_left(parent: Path) -> None:
-    """Only in memory of this machine: processes of other machines have the same ids."""
-    for left in parent.glob(f"{TRANSFER_PREFIX}*"):
+    """Only in memory of this machine, and of processes that can be seen from here: those of other machines,
+    and of other containers that share the memory, have the same ids."""
+    for left in parent.glob(f"{TRANSFER_PREFIX}*-{_namespace()}-*"):
         pid = left.name.removeprefix(TRANSFER_PREFIX).partition("-")[0]
         if pid.isdigit() and not Path("/proc", pid).exists():
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _namespace() -> int:
+    """In which process ids mean something; 0 where the system does not tell."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
