@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vcpo.config.recipes import find_recipe, recipe_names
-from vcpo.config.sections import Config, EnvironmentConfig
+from vcpo.config.sections import Config, EnvironmentConfig, SamplerConfig
 from vcpo.config.settings import SETTINGS, Setting, hint
 from vcpo.errors import ConfigError
 
@@ -25,6 +25,9 @@ SOURCES = {
     "dataset": ("path", "held_out_path"),
 }
 """Settings that say where problems come from, and those of [environment] that go with the other one."""
+
+STARTED = ("servers", "python", "devices", "options")
+"""Settings of [sampler] that say how to start servers."""
 
 
 def load_config(recipe: Path | str | None, overrides: Sequence[str] = ()) -> Config:
@@ -55,6 +58,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     data = config.model_dump()
     given = dict(_pairs(overrides))
     _forget_replaced_source(data["environment"], given)
+    _forget_replaced_engine(data["sampler"], given)
     for dotted, text in given.items():
         setting = SETTINGS[dotted]
         data[setting.section][setting.name] = from_text(setting, text)
@@ -72,6 +76,18 @@ def _forget_replaced_source(environment: dict[str, Any], given: Mapping[str, str
         if given.get(f"environment.{source}"):
             for name in of_the_other:
                 environment[name] = getattr(defaults, name)
+
+
+def _forget_replaced_engine(sampler: dict[str, Any], given: Mapping[str, str]) -> None:
+    """Servers that run already take the place of those that a recipe starts, and the local sampler that of
+    all servers: what belongs to these goes back to its default, unless it is given too."""
+    replaced: tuple[str, ...] = ()
+    if given.get("sampler.kind") == "local":
+        replaced = ("urls", "transfer", *STARTED)
+    elif given.get("sampler.urls"):
+        replaced = STARTED
+    for name in replaced:
+        sampler[name] = getattr(SamplerConfig(), name)
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
