@@ -176,6 +176,21 @@ def test_the_command_gives_back_the_settings() -> None:
         assert calibrated_settings(load_config(recipe, overrides)) == calibrated_settings(config)
 
 
+def test_the_command_gives_back_options_of_vllm_as_the_command_line_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["--sampler.kind=vllm", "--sampler.options=--gpu-memory-utilization=0.8,--swap-space=1"]
+    config, heard = load_config("sort", given), list[Config]()
+
+    def hear(config: Config, **options: Any) -> None:
+        heard.append(config)
+        raise ConfigError("heard")
+
+    monkeypatch.setattr("vcpo.runtime.calibrate", hear)
+    assert main(shlex.split(calibrate_command(config))[1:]) == ConfigError.exit_code
+    assert [calibrated_settings(found) for found in heard] == [calibrated_settings(config)]
+
+
 def test_lengths_and_seeds_share_a_calibration_and_numerics_do_not() -> None:
     path = calibration_path(config_of())
     for same in ({"run.seed": 3}, {"environment.max_tokens": 9}, {"pipeline.lag": 4}, {"sampler.slots": 8}):

@@ -162,7 +162,9 @@ def calibrate_command(config: Config) -> str:
     for section in ("model", "lora", "warm_start", "environment", "sampler"):
         for name, value in getattr(config, section).model_dump(mode="json").items():
             if value != usual[section][name]:
-                words += [f"--{section}.{name}", _as_argument(value)]
+                option, argument = f"--{section}.{name}", _as_argument(value)
+                # An option of vLLM must not stand alone: it would be read as one of ours.
+                words += [f"{option}={argument}"] if argument.startswith("-") else [option, argument]
     return shlex.join(words)
 
 
