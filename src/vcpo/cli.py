@@ -187,12 +187,14 @@ def serve(
 ) -> None:
     """Start a vLLM server that vcpo can train with, and stay in front of it.
 
-    The model's folder or hub id, then settings as for training: [sampler] and [model] decide how it is
-    served. A run uses it by sampler.urls; without urls a run starts servers itself. Whoever reaches the port
-    can change the weights: open it to machines you trust alone.
+    The model's folder or hub id, then settings as for training: [sampler], [model] and [lora] decide how it
+    is served, and must be those of the run (vcpo config RECIPE shows them). A run uses it by sampler.urls;
+    without urls a run starts servers itself. Whoever reaches the port can change the weights: open it to
+    machines you trust alone.
 
     \b
-    vcpo serve PATH_OR_HUB_ID --port 8001 --sampler.python ENV/bin/python
+    vcpo serve Qwen/Qwen2-1.5B --port 8001 --sampler.python ENV/bin/python
+        --model.device cuda --model.dtype bfloat16 --model.context_length 4096
     vcpo train gsm8k --sampler.kind vllm --sampler.urls http://127.0.0.1:8001
     """
     from vcpo.config import load_config

@@ -65,7 +65,10 @@ def facts(**changes: object) -> Callable[[Stub], None]:
     ("change", "message"),
     [
         (facts(architecture=SHAPE | {"hidden_size": 128}), "its hidden_size is 128, that of my-model is 64"),
-        (facts(max_model_len=63), "holds 63 tokens and model.context_length is 64"),
+        (
+            facts(max_model_len=63),
+            "holds 63 tokens and model.context_length is 64: lower it, or give `vcpo serve` the",
+        ),
         (facts(weight_transfer=""), "takes no weights from vcpo; start it with `vcpo serve`"),
         (lambda stub: stub.answers.pop("/collective_rpc"), "404: Not Found: it lacks what updates weights"),
         (

@@ -36,7 +36,7 @@ async def check_server(server: Server, config: Config, expected: Expected) -> No
     if told["max_model_len"] < expected.context_length:
         raise ConfigError(
             f"{server} holds {told['max_model_len']} tokens and model.context_length is "
-            f"{expected.context_length}: lower it, or start the server with a larger --max-model-len"
+            f"{expected.context_length}: lower it, or give `vcpo serve` the same --model.context_length"
         )
     sampler = config.sampler
     shaped = sampler.temperature != 1 or sampler.top_p != 1 or sampler.top_k
