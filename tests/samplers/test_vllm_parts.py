@@ -99,7 +99,7 @@ def test_settings_for_a_cpu_give_way_to_the_environments(monkeypatch: pytest.Mon
             "runtime.samplers = 2 share out vLLM servers, and sampler.servers is 1",
         ),
         (
-            {"runtime": {"samplers": 3}, "sampler": {"urls": ["a", "b"]}},
+            {"runtime": {"samplers": 3}, "sampler": {"urls": ["http://a:1", "http://b:2"]}},
             "runtime.samplers = 3 share out vLLM servers, and sampler.urls names 2",
         ),
         (
@@ -111,6 +111,13 @@ def test_settings_for_a_cpu_give_way_to_the_environments(monkeypatch: pytest.Mon
             "needs pipeline.mode = 'async'",
         ),
         ({"sampler": {"transfer": "collective", "kind": "local"}}, "is for vLLM servers"),
+        (
+            {"sampler": {"urls": ["http://a:1"], "transfer": "collective"}},
+            "'collective' reaches servers of this machine, and sampler.urls has 'http://a:1'",
+        ),
+        ({"sampler": {"urls": ["localhost:8000"]}}, "'localhost:8000', which is no address: write http://"),
+        ({"sampler": {"urls": ["http://"]}}, "'http://', which is no address"),
+        ({"sampler": {"urls": ["http://a:1", "http://a:99999"]}}, "'http://a:99999', which is no address"),
     ],
 )
 def test_settings_that_do_not_go_together(sections: dict[str, Any], message: str) -> None:

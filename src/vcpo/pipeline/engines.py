@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 from vcpo.config import Config
 from vcpo.environments.protocol import Codec
@@ -18,6 +19,10 @@ from vcpo.samplers.protocol import Sampler
 
 if TYPE_CHECKING:
     from vcpo.policy.loading import Policy
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine, where a broadcast meets."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ def check_engine(config: Config) -> None:
         )
     import vcpo.samplers.vllm.server  # noqa: F401  raises if the extra is not installed
 
+    for url in sampler.urls:
+        _check_url(url, sampler.transfer)
     servers = len(sampler.urls) or sampler.servers
     if config.pipeline.mode == "async" and samplers > servers:
         source = "sampler.urls names" if sampler.urls else "sampler.servers is"
@@ -104,6 +111,21 @@ def check_engine(config: Config) -> None:
         raise ConfigError(
             "sampler.transfer = 'collective' needs pipeline.mode = 'async' and lora.rank = 0 (adapters are "
             "small: files carry them)"
+        )
+
+
+def _check_url(url: str, transfer: str) -> None:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
+    except ValueError:  # a port or an IPv6 address that is none
+        host = None
+    if not host:
+        raise ConfigError(f"sampler.urls has {url!r}, which is no address: write http://HOST:PORT")
+    if transfer == "collective" and host not in LOOPBACK:
+        raise ConfigError(
+            f"sampler.transfer = 'collective' reaches servers of this machine, and sampler.urls has {url!r}: "
+            "write http://127.0.0.1:PORT, or let files carry the weights (runtime.weights_folder)"
         )
 
 
