@@ -283,6 +283,27 @@ def test_an_engine_that_is_dead_behind_its_api_is_lost() -> None:
     playing(work)
 
 
+def test_an_update_that_fails_on_one_server_leaves_none_paused() -> None:
+    async def work(engine: VllmSampler, stubs: list[Stub]) -> None:
+        paused = asyncio.Event()
+
+        async def hang(body: Any) -> None:
+            paused.set()
+            await never(body)
+
+        async def refuse(body: Any) -> web.Response:
+            await paused.wait()
+            return web.Response(status=400, text="no room")
+
+        stubs[0].answers |= {"/pause": refuse, "/resume": lambda body: {}}
+        stubs[1].answers |= {"/pause": hang, "/resume": lambda body: {}}
+        with pytest.raises(WorkerError, match="no room"):
+            await engine.update(1, {})
+        assert [stub.heard[-2:] for stub in stubs] == [["/pause", "/resume"]] * 2
+
+    playing(work, count=2)
+
+
 def test_a_share_of_the_servers() -> None:
     async def run() -> None:
         async with Stub().running() as one, Stub().running() as two:

@@ -243,8 +243,8 @@ class VllmSampler:
             yield
 
     async def _take(self, server: Server, version: int, weights: Mapping[str, Tensor]) -> str:
-        await server.post("/pause", mode="keep", clear_cache="true")
-        try:
+        try:  # the pause too: given up half-way, it may have been heard
+            await server.post("/pause", mode="keep", clear_cache="true")
             digest = await self._transfer.send(server, version, weights)
         finally:
             await server.post("/resume")
