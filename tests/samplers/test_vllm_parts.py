@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_stub import Stub
 
 from vcpo.config import Config
 from vcpo.errors import ConfigError, PublicationError, WorkerError
 from vcpo.pipeline.engines import check_engine
 from vcpo.samplers.vllm.handshake import Expected
 from vcpo.samplers.vllm.probe import Prober, distance
-from vcpo.samplers.vllm.process import last_error, server_command
+from vcpo.samplers.vllm.process import Command, ServerProcess, last_error, server_command
 from vcpo.samplers.vllm.sampler import VllmSampler
+from vcpo.samplers.vllm.server import Server
 from vcpo.samplers.vllm.traffic import BusyClock, Gate
 from vcpo.weights import Probe
 
@@ -167,6 +169,27 @@ def test_a_server_that_takes_too_long(tmp_path: Path) -> None:
     message = start_failure(config, tmp_path, WorkerError)
     wanted = "vLLM server 0 was not ready within 0.3 s (runtime.timeout_seconds); see "
     assert message == f"{wanted}{tmp_path / 'vllm-0.log'}"
+
+
+def test_a_server_that_ended_is_not_the_one_that_answers_in_its_place(tmp_path: Path) -> None:
+    """Another run's, which took the port. The error is of this start, not of the one before."""
+    log = tmp_path / "vllm-0.log"
+    log.write_text("ValueError: of the start before\n")
+    command = Command(["/bin/sh", "-c", "echo OSError: Address already in use; exit 1"], dict(os.environ))
+
+    async def run() -> None:
+        async with Stub().running() as another:
+            process = await ServerProcess.start("vLLM server 0", command, log)
+            server = Server("vLLM server 0", another.url, 60.0)
+            try:
+                await process.end_in_words()
+                await process.wait_until_ready(server, 60.0)
+            finally:
+                await server.close()
+                await process.end()
+
+    with pytest.raises(WorkerError, match="did not start: OSError: Address already in use; see"):
+        asyncio.run(run())
 
 
 @pytest.mark.parametrize(

@@ -103,22 +103,26 @@ def _environment(config: Config, place: int) -> dict[str, str]:
 class ServerProcess:
     """A server that this process has started."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
-        self.name, self._process, self._log = name, process, log
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path, begin: int = 0) -> None:
+        """``begin``: the size of the log before, with what servers of the same run wrote earlier."""
+        self.name, self._process, self._log, self._begin = name, process, log, begin
 
     @staticmethod
     async def start(name: str, command: Command, log: Path) -> ServerProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
+            begin = output.tell()
             process = await _spawn(command, output)
-        return ServerProcess(name, process, log)
+        return ServerProcess(name, process, log, begin)
 
     async def wait_until_ready(self, server: Server, timeout: float) -> None:
         """Raises WorkerError, with vLLM's own last words, if it ends or takes too long."""
         limit = time.monotonic() + timeout
-        while not await server.is_healthy():
+        # A server that answers where this one has ended is another run's, which took the port.
+        while self._process.returncode is not None or not await server.is_healthy():
             if self._process.returncode is not None:
-                raise WorkerError(f"{self.name} did not start: {last_error(self._log)}; see {self._log}")
+                why = last_error(self._log, self._begin)
+                raise WorkerError(f"{self.name} did not start: {why}; see {self._log}")
             if time.monotonic() > limit:
                 late = f"was not ready within {timeout:g} s (runtime.timeout_seconds)"
                 raise WorkerError(f"{self.name} {late}; see {self._log}")
@@ -184,9 +188,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def last_error(log: Path) -> str:
-    """The last line of a log that names an error; of vLLM's several tracebacks the first has the cause."""
-    lines = log.read_text(errors="replace").splitlines()
+def last_error(log: Path, begin: int = 0) -> str:
+    """The last line of a log that names an error, from byte ``begin`` on; of the engine's error and the one
+    of the API server that follows from it, the engine's."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
     named = [line for line in lines if "Error: " in line or line.startswith("No module")]
     causes = [line for line in named if "EngineCore" not in line.rpartition("Error: ")[2]]
     chosen = (causes or named or lines or ["it printed nothing"])[-1]
