@@ -171,6 +171,8 @@ def calibrate(
 
     recipe, overrides = _split(context, arguments)
     config = load_config(recipe or default_recipe(overrides), overrides)
+    if figure is not None and not figure.parent.is_dir():
+        raise ConfigError(f"--figure {figure}: there is no folder {figure.parent}")
     record, path = run(config, groups=groups, tokens=tokens, out=out, progress=RichProgress())
     print_calibration(record, Console())
     if figure is not None:

@@ -176,6 +176,24 @@ def test_the_command_gives_back_the_settings() -> None:
         assert calibrated_settings(load_config(recipe, overrides)) == calibrated_settings(config)
 
 
+def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(*arguments: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("vcpo.runtime.calibration.calibrate_inline", measure)
+    (tmp_path / "file").touch()
+    missing = tmp_path / "missing"
+    for options, reason in (
+        (["--out", str(tmp_path)], f"cannot write {tmp_path}: Is a directory; say --out FILE"),
+        (["--out", str(tmp_path / "file" / "a.json")], "File exists; say --out FILE"),
+        (["--figure", str(missing / "a.svg")], f"there is no folder {missing}"),
+    ):
+        assert main(["calibrate", "sort", *options]) == ConfigError.exit_code
+        assert reason in capsys.readouterr().err
+
+
 def test_the_command_gives_back_options_of_vllm_as_the_command_line_reads_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

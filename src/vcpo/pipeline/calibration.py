@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,9 +73,23 @@ class Calibration:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
         except OSError as error:
-            raise ConfigError(
-                f"cannot write {path}: {error.strerror}; say --out FILE, or set VCPO_CACHE"
-            ) from error
+            raise _unwritable(path, error.strerror) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError, before anything is measured, if a calibration could not be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error.strerror) from error
+    if path.is_dir():
+        raise _unwritable(path, "Is a directory")
+    if not os.access(path.parent, os.W_OK):
+        raise _unwritable(path, "Permission denied")
+
+
+def _unwritable(path: Path, reason: str | None) -> ConfigError:
+    return ConfigError(f"cannot write {path}: {reason}; say --out FILE, or set VCPO_CACHE")
 
 
 def calibrated_settings(config: Config) -> Settings:

@@ -64,11 +64,12 @@ def calibrate(
     The file is ``out``, or else the one in the cache where runs with these settings look for it. See
     :mod:`vcpo.runtime.calibration`.
     """
-    from vcpo.pipeline.calibration import calibration_path
+    from vcpo.pipeline.calibration import calibration_path, check_writable
     from vcpo.runtime.calibration import calibrate_inline
 
     progress = progress or SilentProgress()
     path, completed = out or calibration_path(config), False
+    check_writable(path)
     try:
         calibration = calibrate_inline(config, groups, tokens, progress)
         completed = True
