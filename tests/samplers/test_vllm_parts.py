@@ -130,7 +130,7 @@ def test_settings_that_do_not_go_together(sections: dict[str, Any], message: str
 # Starting
 
 
-def start_failure(config: Config, logs: Path, error: type[Exception]) -> str:
+def start_failure(config: Config, logs: Path | None, error: type[Exception]) -> str:
     async def run() -> None:
         sampler = VllmSampler(config, EXPECTED, logs=logs)
         try:
@@ -159,6 +159,16 @@ def test_a_python_without_vllm(tmp_path: Path) -> None:
     assert message.startswith("vLLM server 0 did not start: ImportError: ")
     remedy = "has no vLLM: set sampler.python to the Python of the environment that has it"
     assert message.endswith(f"{remedy}; see {tmp_path / 'logs' / 'vllm-0.log'}")
+
+
+def test_without_a_folder_for_logs_they_are_in_one_of_their_own_and_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for _ in range(2):
+        start_failure(config_of(sampler={"python": "/bin/false"}), None, WorkerError)
+    folders = sorted({log.parent for log in tmp_path.rglob("vllm-0.log")})
+    assert len(folders) == 2 and tmp_path not in folders
 
 
 def test_a_server_that_takes_too_long(tmp_path: Path) -> None:

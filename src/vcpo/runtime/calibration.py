@@ -28,7 +28,7 @@ from vcpo.estimators.mismatch import (
 from vcpo.monitor.progress import Progress
 from vcpo.pipeline.build import build_policy
 from vcpo.pipeline.calibration import FORMAT, Calibration, calibrated_settings
-from vcpo.pipeline.engines import Share, check_engine
+from vcpo.pipeline.engines import check_engine
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.services import RolloutService
 from vcpo.pipeline.session import WarmStartPhase
@@ -61,7 +61,7 @@ def calibrate_inline(config: Config, groups: int, tokens: int | None, progress: 
     with tempfile.TemporaryDirectory(prefix="vcpo-calibrate-") as folder:
         source = config.model.name or str(_saved(policy, Path(folder) / "model"))
         policy = with_adapters(policy, config.lora, config.run.seed)
-        service = RolloutService(config, Share(logs=Path(folder)))
+        service = RolloutService(config)  # logs must outlive this folder: errors name them
         service.begin(source)
         played = asyncio.run(_play(config, service, policy, groups, tokens, progress))
     return calibration_of(config, policy, played, progress)

@@ -51,7 +51,7 @@ class VllmSampler:
         logs: Path | None = None,
     ) -> None:
         """``share`` = (i, n): of all servers, this sampler has each n-th, from the i-th on. ``logs``: where
-        servers that it starts write theirs."""
+        servers that it starts write theirs; None: in a temporary folder, which stays."""
         self._config, self._expected = config, expected
         self._share, self._logs = share, logs
         self._processes: dict[Server, ServerProcess] = {}
@@ -122,15 +122,16 @@ class VllmSampler:
             shared = list(enumerate(sampler.urls))[first::step]
             self._known += [Server(f"vLLM server {i}", url, timeout) for i, url in shared]
         else:
+            # A folder of its own: in the common one, names that can be guessed belong to whoever is first.
+            self._logs = self._logs or Path(tempfile.mkdtemp(prefix="vcpo-vllm-"))
             for place in range(first, sampler.servers, step):
-                await self._launch(place)
+                await self._launch(place, self._logs)
         self._servers = list(self._known)
         await gather_all(self._greet(server, timeout) for server in self._known)
 
-    async def _launch(self, place: int) -> None:
+    async def _launch(self, place: int, logs: Path) -> None:
         port = free_port()
         name = f"vLLM server {place}"
-        logs = self._logs or Path(tempfile.gettempdir())
         command = server_command(self._config, self._expected.model, port, place=place)
         server = Server(name, f"http://127.0.0.1:{port}", self._config.runtime.timeout_seconds)
         self._known.append(server)
