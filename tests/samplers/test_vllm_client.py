@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from vllm_stub import BREAK, FACTS, SHAPE, Stub, completion, never
 
-from vcpo.config import Config
+from vcpo.config import Config, LoraConfig
 from vcpo.errors import ConfigError, VcpoError, WorkerError
 from vcpo.samplers.protocol import Completion
 from vcpo.samplers.vllm.handshake import Expected
@@ -38,13 +38,17 @@ async def ask(sampler: VllmSampler, max_tokens: int = 2, session: int | None = N
     return await sampler.generate([1, 2], max_tokens=max_tokens, stop=NEVER, seed=0, session=session)
 
 
-def refusal(change: Callable[[Stub], object], expected: Expected = EXPECTED, **sampler: Any) -> str:
+def refusal(
+    change: Callable[[Stub], object], expected: Expected = EXPECTED, lora_rank: int = 0, **sampler: Any
+) -> str:
     """The error of a server that is changed so, and names it."""
 
     async def run() -> str:
         async with Stub().running() as stub:
             change(stub)
-            engine = VllmSampler(config_of(stub.url, **sampler), expected)
+            lora = LoraConfig(rank=lora_rank)
+            config = config_of(stub.url, **sampler).model_copy(update={"lora": lora})
+            engine = VllmSampler(config, expected)
             try:
                 with pytest.raises(ConfigError) as refused:
                     await engine.ready()
@@ -85,7 +89,14 @@ def test_a_server_that_is_not_the_one_meant(change: Callable[[Stub], object], me
 def test_shaped_sampling_needs_processed_log_probs() -> None:
     raw = facts(logprobs_mode="raw_logprobs")
     for shape in ({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 3}):
-        assert "start it with --logprobs-mode processed_logprobs" in refusal(raw, EXPECTED, **shape)
+        assert "start it with --logprobs-mode processed_logprobs" in refusal(raw, EXPECTED, 0, **shape)
+
+
+def test_adapters_need_a_server_that_takes_them() -> None:
+    assert "serves adapters up to rank 0 and lora.rank is 4: give `vcpo serve` the" in refusal(
+        facts(), lora_rank=4
+    )
+    assert "serves adapters up to rank 8 and lora.rank is 16" in refusal(facts(max_lora_rank=8), lora_rank=16)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +218,7 @@ def test_a_server_that_hangs_is_told_after_the_timeout() -> None:
             server = Server("vLLM server 0", stub.url, 0.05)
             try:
                 with pytest.raises(
-                    WorkerError, match=r"did not answer /inf.* within 0.05 s \(runtime.timeout_sec"
+                    WorkerError, match=r"did not answer /inf.* within 0.05 s \(of runtime.timeout_sec"
                 ):
                     await server.generate([1], {"max_tokens": 1})
             finally:

@@ -177,7 +177,7 @@ def test_a_server_that_takes_too_long(tmp_path: Path) -> None:
     slow.chmod(0o755)
     config = config_of(sampler={"python": str(slow)}, runtime={"timeout_seconds": 0.3})
     message = start_failure(config, tmp_path, WorkerError)
-    wanted = "vLLM server 0 was not ready within 0.3 s (runtime.timeout_seconds); see "
+    wanted = "vLLM server 0 was not ready within 0.27 s (of runtime.timeout_seconds); see "
     assert message == f"{wanted}{tmp_path / 'vllm-0.log'}"
 
 
@@ -293,6 +293,9 @@ class Says:
     """A server that says these log-probs."""
 
     def __init__(self, *log_probs: float) -> None:
+        self.now(*log_probs)
+
+    def now(self, *log_probs: float) -> None:
         self._log_probs = list(log_probs)
 
     async def log_probs(self, tokens: list[int]) -> list[float]:
@@ -345,6 +348,26 @@ def test_a_server_much_closer_to_the_version_before_is_found() -> None:
     with pytest.raises(PublicationError, match="still serves the version before 2"):
         check(prober, Says(-1.0005), 2, probe(-1.004))  # 0.0005 from the old, 0.0035 from the new
     assert check(prober, Says(-1.0), 2, probe(-1.0)) == 0  # nothing has changed: nothing to find
+
+
+def test_a_stuck_server_is_found_below_the_noise_of_few_bits() -> None:
+    """Noise of 0.03 nats hides steps of 0.0004 from both other rules; after three steps, 0.0012 have gone."""
+    prober, stuck = Prober(config_of(model={"dtype": "bfloat16"})), Says(-1.03, -0.97)
+    for version, moved in ((1, 0.0), (2, 0.0004), (3, 0.0008)):
+        wanted = probe(-1.0 + moved, -1.0 - moved)
+        assert check(prober, stuck, version, wanted) == pytest.approx(0.03, abs=0.001)
+        prober.accept(wanted)
+    with pytest.raises(PublicationError, match=r"does not serve version 4.* moved by 0.0012 nats"):
+        check(prober, stuck, 4, probe(-0.9988, -1.0012))
+
+
+def test_a_server_whose_answers_move_is_not_stuck() -> None:
+    prober, server = Prober(config_of(model={"dtype": "bfloat16"})), Says(-1.03, -0.97)
+    for version in range(1, 20):
+        server.now(-1.03 + 0.0004 * version, -0.97)
+        wanted = probe(-1.0 + 0.0004 * version, -1.0)
+        check(prober, server, version, wanted)
+        prober.accept(wanted)
 
 
 def test_the_environment_of_this_process_is_handed_on() -> None:

@@ -18,6 +18,7 @@ FACTS = {
     "max_model_len": 64,
     "logprobs_mode": "processed_logprobs",
     "weight_transfer": "vcpo",
+    "max_lora_rank": 0,
 }
 
 

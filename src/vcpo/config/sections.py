@@ -59,7 +59,7 @@ class ModelConfig(Section):
     device: str = "cpu"
     """Torch device of learner and local sampler."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of a loaded model in the learner; the local sampler always uses sdpa."""
+    """Attention implementation of a loaded model in the learner; the local sampler uses sdpa where it can."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
 

@@ -38,6 +38,11 @@ async def check_server(server: Server, config: Config, expected: Expected) -> No
             f"{server} holds {told['max_model_len']} tokens and model.context_length is "
             f"{expected.context_length}: lower it, or give `vcpo serve` the same --model.context_length"
         )
+    if told["max_lora_rank"] < config.lora.rank:
+        raise ConfigError(
+            f"{server} serves adapters up to rank {told['max_lora_rank']} and lora.rank is "
+            f"{config.lora.rank}: give `vcpo serve` the same --lora.rank"
+        )
     sampler = config.sampler
     shaped = sampler.temperature != 1 or sampler.top_p != 1 or sampler.top_k
     if shaped and told["logprobs_mode"] != "processed_logprobs":

@@ -1,7 +1,10 @@
 """After an update: does the server say what the learner says?
 
 An update that answers "done" may have left an old head in place, or an adapter that nobody asks. Both show
-in the log-probs of a few sequences, which the learner computes with the weights that it publishes.
+in the log-probs of a few sequences, which the learner computes with the weights that it publishes: they are
+further from the learner's than numerics explain, or nearer to the version before, or the very same as
+before although the learner's have moved. The last finds what is stuck even where a step moves log-probs by
+less than a number type of few bits blurs them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ _TOLERANCES = {"float32": 0.01, "bfloat16": 0.1}
 _QUANTIZED = 0.5
 CLOSER = 4.0
 """A server that is this many times closer to the version before serves that one."""
+MOVED = 1e-3
+"""Mean change of the learner's log-probs, in nats, that must change at least one of a server's."""
 
 
 class Prober:
@@ -28,6 +33,8 @@ class Prober:
         usual = _TOLERANCES[dtype] if sampler.quantization == "none" else _QUANTIZED
         self._tolerance = sampler.probe_tolerance or usual
         self._before: Probe | None = None
+        self._last: dict[Server, tuple[list[list[float]], Probe]] = {}
+        """What each server says, and what the learner said when the server began to say so."""
         self.error = 0.0
         """Mean difference of log-probs at the last check, in nats."""
 
@@ -44,6 +51,17 @@ class Prober:
             raise PublicationError(
                 f"{server} still serves the version before {version}: its log-probs are those, to "
                 f"{distance(told, self._before.log_probs):.2g} nats, and {self.error:.2g} from the new ones"
+            )
+        self._check_moved(server, version, told, probe)
+
+    def _check_moved(self, server: Server, version: int, told: list[list[float]], probe: Probe) -> None:
+        last, since = self._last.get(server, (None, probe))
+        if told != last:
+            self._last[server] = told, probe
+        elif (moved := distance(probe.log_probs, since.log_probs)) >= MOVED:
+            raise PublicationError(
+                f"{server} does not serve version {version}: its log-probs are the very same as before, and "
+                f"the learner's have moved by {moved:.2g} nats on average"
             )
 
     def accept(self, probe: Probe) -> None:

@@ -124,7 +124,7 @@ class ServerProcess:
                 why = last_error(self._log, self._begin)
                 raise WorkerError(f"{self.name} did not start: {why}; see {self._log}")
             if time.monotonic() > limit:
-                late = f"was not ready within {timeout:g} s (runtime.timeout_seconds)"
+                late = f"was not ready within {timeout:g} s (of runtime.timeout_seconds)"
                 raise WorkerError(f"{self.name} {late}; see {self._log}")
             await asyncio.sleep(POLL_SECONDS)
 

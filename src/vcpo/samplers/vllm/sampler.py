@@ -8,12 +8,14 @@ An update, on all servers at once: pause, take the weights, label them with the 
 freezes running completions meanwhile and computes their prefix again under the new weights, so that each
 token's log-prob is that of the version it is stamped with; ``drain`` waits for running conversations first.
 Then a probe compares log-probs of a few sequences with the learner's: an update that says "done" and was not
-is found before the next token.
+is found before the next version is published. (What was sampled meanwhile has the log-probs of what was
+served.)
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -38,6 +40,11 @@ from vcpo.weights import Probe
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 0.9
+"""Of runtime.timeout_seconds: who waits for this process has all of it, and would name the wrong one."""
+RESUME_SECONDS = 10.0
+"""For a server whose update failed; it may be what hangs."""
+
 
 class VllmSampler:
     """A :class:`vcpo.samplers.protocol.Sampler` over vLLM servers."""
@@ -54,6 +61,7 @@ class VllmSampler:
         servers that it starts write theirs; None: in a temporary folder, which stays."""
         self._config, self._expected = config, expected
         self._share, self._logs = share, logs
+        self._timeout = PATIENCE * config.runtime.timeout_seconds
         self._processes: dict[Server, ServerProcess] = {}
         self._known: list[Server] = []
         self._servers: list[Server] = []
@@ -116,7 +124,7 @@ class VllmSampler:
     # Servers
 
     async def _start(self) -> None:
-        sampler, timeout = self._config.sampler, self._config.runtime.timeout_seconds
+        sampler, timeout = self._config.sampler, self._timeout
         first, step = self._share
         if sampler.urls:
             shared = list(enumerate(sampler.urls))[first::step]
@@ -133,7 +141,7 @@ class VllmSampler:
         port = free_port()
         name = f"vLLM server {place}"
         command = server_command(self._config, self._expected.model, port, place=place)
-        server = Server(name, f"http://127.0.0.1:{port}", self._config.runtime.timeout_seconds)
+        server = Server(name, f"http://127.0.0.1:{port}", self._timeout)
         self._known.append(server)
         self._processes[server] = await ServerProcess.start(name, command, logs / f"vllm-{place}.log")
 
@@ -247,8 +255,11 @@ class VllmSampler:
         try:  # the pause too: given up half-way, it may have been heard
             await server.post("/pause", mode="keep", clear_cache="true")
             digest = await self._transfer.send(server, version, weights)
-        finally:
-            await server.post("/resume")
+        except BaseException:
+            with contextlib.suppress(WorkerError, TimeoutError):  # the first error is the one to tell
+                await asyncio.wait_for(server.post("/resume"), RESUME_SECONDS)
+            raise
+        await server.post("/resume")
         return digest
 
     async def _on_all(self, work: Callable[[Server], Awaitable[Any]]) -> dict[Server, Any]:

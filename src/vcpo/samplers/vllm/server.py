@@ -3,8 +3,8 @@
 =================== ============================ ================================
 what                waits for                    gives up after
 =================== ============================ ================================
-a completion        the whole answer             runtime.timeout_seconds
-an update           each of its five requests    runtime.timeout_seconds
+a completion        the whole answer             0.9 runtime.timeout_seconds
+an update           each of its five requests    0.9 runtime.timeout_seconds
 a lost connection                                at once: :class:`ServerLost`
 =================== ============================ ================================
 """
@@ -93,7 +93,7 @@ class Server:
             status, answer = await self._send(method, path, **options)
         except aiohttp.SocketTimeoutError as error:
             raise WorkerError(
-                f"{self} did not answer {path} within {self._timeout:g} s (runtime.timeout_seconds)"
+                f"{self} did not answer {path} within {self._timeout:g} s (of runtime.timeout_seconds)"
             ) from error
         except aiohttp.ClientError as error:
             what = f"{type(error).__name__}: {error}".removesuffix(": ")

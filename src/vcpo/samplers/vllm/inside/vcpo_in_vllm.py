@@ -113,11 +113,13 @@ class Extension:
     def vcpo_facts(self) -> dict[str, Any]:
         """What is served, and how. (``/server_info`` knows too, and asks pip for all packages each time.)"""
         model, transfer = self.vllm_config.model_config, self.vllm_config.weight_transfer_config
+        adapters = self.vllm_config.lora_config
         return {
             "architecture": model.hf_text_config.to_dict(),
             "max_model_len": model.max_model_len,
             "logprobs_mode": str(model.logprobs_mode),
             "weight_transfer": transfer.backend if transfer else "",
+            "max_lora_rank": adapters.max_lora_rank if adapters else 0,
         }
 
     def vcpo_load_adapter(self, name: str, path: str) -> bool:
