@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from vcpo.environments.templates import check_template, fill
 from vcpo.errors import DataError
 
 
-class SingleTurn:
+class SingleTurn(ABC):
     """The problem through the template, one answer of at most ``environment.max_tokens`` tokens, and a reward
     of 1 if :meth:`is_right` says so, else 0."""
 
@@ -27,9 +28,9 @@ class SingleTurn:
         problems = read_problems(config)
         self._splits: dict[Split, list[Line]] = {"train": problems.train, "held_out": problems.held_out}
 
+    @abstractmethod
     async def is_right(self, response: str, answer: str) -> bool:
         """Whether ``response`` gives ``answer``."""
-        raise NotImplementedError
 
     @classmethod
     def alphabet(cls, config: EnvironmentConfig) -> str:
