@@ -92,13 +92,10 @@ def check_engine(config: Config) -> None:
                 "sampler.transfer = 'collective' is for vLLM servers: set sampler.kind = 'vllm'"
             )
         return
-    if sampler.quantization not in ("none", "fp8"):
-        raise ConfigError(
-            f"sampler.quantization = {sampler.quantization!r} is not offered for vLLM, which cannot round to "
-            "it at every update: use fp8 (GPUs), or sampler.kind = 'local' (the numerics without the speed)"
-        )
     import vcpo.samplers.vllm.server  # noqa: F401  raises if the extra is not installed
+    from vcpo.samplers.vllm.process import check_quantization
 
+    check_quantization(sampler.quantization)
     for url in sampler.urls:
         _check_url(url, sampler.transfer)
     servers = len(sampler.urls) or sampler.servers

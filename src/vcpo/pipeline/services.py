@@ -142,7 +142,7 @@ class RolloutService:
 
     @property
     def _broadcast_engine(self) -> Any:
-        return self._sampler  # only vLLM's is asked: see vcpo.pipeline.engines.check
+        return self._sampler  # only vLLM's is asked: see vcpo.pipeline.engines.check_engine
 
     async def publish(self, version: int, weights: Weights, probe: Probe | None = None) -> str:
         return await self._sampler.update(version, weights, probe)

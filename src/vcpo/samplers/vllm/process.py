@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # it needs the extra [vllm], and starting a server does not
 INSIDE = Path(__file__).parent / "inside"
 POLL_SECONDS = 0.25
 EXIT_SECONDS = 3.0
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}
 _ON_A_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB for keys and values
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all servers of a machine are bound to the same cores
@@ -51,15 +50,11 @@ def server_command(
     Raises ConfigError for what vLLM cannot do.
     """
     sampler = config.sampler
-    if sampler.quantization not in _QUANTIZATION:
-        raise ConfigError(
-            f"sampler.quantization = {sampler.quantization!r} is not offered for vLLM, which cannot round to "
-            'it at every update; use fp8 (GPUs), or sampler.kind = "local"'
-        )
+    check_quantization(sampler.quantization)
     dtype = config.model.dtype if sampler.dtype == "same" else sampler.dtype
     arguments = [
         sampler.python or sys.executable, str(INSIDE / "launch.py"),
-        "--model", model, "--host", host, "--port", str(port), "--dtype", _DTYPES[dtype],
+        "--model", model, "--host", host, "--port", str(port), "--dtype", dtype,
         "--max-model-len", str(config.model.context_length),
         "--max-num-seqs", str(sampler.slots),
         "--max-num-batched-tokens", str(max(sampler.prefill_tokens, sampler.slots)),
@@ -71,6 +66,15 @@ def server_command(
         *sampler.options,
     ]  # fmt: skip
     return Command(arguments, _environment(config, place))
+
+
+def check_quantization(name: str) -> None:
+    """Raise ConfigError for a rounding that vLLM cannot do anew for weights that arrive."""
+    if name not in _QUANTIZATION:
+        raise ConfigError(
+            f"sampler.quantization = {name!r} is not offered for vLLM, which cannot round to it at every "
+            "update: use fp8 (GPUs), or sampler.kind = 'local' (the numerics without the speed)"
+        )
 
 
 def _device_options(config: Config) -> list[str]:
