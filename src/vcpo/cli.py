@@ -244,7 +244,7 @@ def methods(
         return
     width = max(map(len, ALGORITHMS))
     for algorithm in ALGORITHMS.values():
-        typer.echo(f"{algorithm.name:{width}}  {algorithm.source}")
+        typer.echo(f"{algorithm.name:{width}}  {algorithm.summary}")
 
 
 @app.command(context_settings=OVERRIDABLE)

@@ -40,7 +40,7 @@ REFERENCES: dict[tuple[str, str], Any] = {}
 
 @settings(max_examples=12, deadline=None)
 @given(
-    name=st.sampled_from(["vcpo", "reinforce", "grpo"]),
+    name=st.sampled_from(["vcpo", "rloo", "grpo"]),
     kind=st.sampled_from(["llama", "qwen2"]),
     logit_budget=st.sampled_from([1, VOCABULARY, SOME, 10**9]),
     token_budget=st.sampled_from([1, 26, 45, 10_000]),

@@ -121,12 +121,12 @@ def test_adapter_gradients_by_the_chain_rule_from_a_dense_model(family: str, tmp
     """W' = W + s B A with s = alpha / rank = 4: dB = s dW' Aᵀ, dA = s Bᵀ dW', where dW' is the gradient that
     a learner of the merged model finds (reinforce: no norms, so both have the same coefficients)."""
     folder = save_model(family, tmp_path / "base")
-    adapted = learner_of(folder, "reinforce")
+    adapted = learner_of(folder, "rloo")
     torch.manual_seed(4)
     for tensor in weight_tensors(adapted.policy.model).values():
         tensor += 0.2 * torch.randn_like(tensor)
     merged(adapted.policy).save(tmp_path / "merged")
-    dense = learner_of(tmp_path / "merged", "reinforce", LoraConfig())
+    dense = learner_of(tmp_path / "merged", "rloo", LoraConfig())
     values = {n: t.clone() for n, t in weight_tensors(adapted.policy.model).items()}
     adapted.step(groups(1))
     dense.step(groups(1))

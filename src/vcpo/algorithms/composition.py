@@ -1,14 +1,16 @@
 """An algorithm is a frozen composition of parts; the learner reads it and knows no names.
 
-    importance level and truncation × baseline × normalisation × surrogate × aggregation × step scale
+    importance level and shape × baseline or critic × normalisation × token mask × penalty × aggregation
+    × step scale
 
-One step, with n, c and A of the parts: Δθ ∝ scale · Σ_{i,t} n_i c_{i,t} ∇log π(y_{i,t}).
+One step, with n, c and A of the parts: Δθ ∝ scale · Σ_{i,t} n_i c_{i,t} ∇log π(y_{i,t}), where
+c = sg(w) A on the tokens that the mask keeps, plus the penalty. Every policy gradient here has this form.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,6 +19,8 @@ from vcpo.algorithms.parts import Evidence
 from vcpo.errors import ConfigError
 from vcpo.estimators.ess import StepRule, step_scale
 from vcpo.estimators.importance import log_ratios
+from vcpo.estimators.shaping import overlong_penalty
+from vcpo.estimators.surrogates import policy_gradient_coefficients
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Num
@@ -27,26 +31,32 @@ if TYPE_CHECKING:
 __all__ = ["Algorithm", "Evidence", "Update"]
 
 _STEP_FORMULAS = {"sqrt": "η · sqrt(min(1, ρ / ρ_on))", "linear": "η · min(1, ρ / ρ_on)", "off": "η"}
+_ESS_FORMULAS = {
+    "sequence": "ρ the ESS ratio of untruncated sequence weights",
+    "used": "ρ the ESS ratio of the weights used",
+}
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an algorithm makes of the evidence; all detached."""
+    """What an algorithm makes of the evidence; all detached. [B], or [B, T] where every token has its own."""
 
     coefficients: Float[Tensor, "B T"]
     """c_{i,t} of every token, 0 outside the mask; the normaliser n_i is *not* included."""
-    advantages: Float[Tensor, " B"]
-    """(R − b), divided as the normalisation says."""
-    baselines: Float[Tensor, " B"]
-    """b of every trajectory."""
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]
+    """(R − b), divided as the normalisation says; or the critic's."""
+    baselines: Float[Tensor, " B"] | Float[Tensor, "B T"]
+    """b of every trajectory or token; with a critic its values."""
     log_weights: Float[Tensor, " B"]
-    """Sequence level and never truncated, whatever the algorithm uses: what the ESS is taken of."""
+    """Sequence level and never truncated, whatever the algorithm uses."""
     used_log_weights: Float[Tensor, " B"] | Float[Tensor, "B T"]
-    """Of the weights that the update uses, truncated; 0 where it uses none."""
+    """Of the weights that the update uses, shaped; 0 where it uses none."""
     log_ratios: Float[Tensor, "B T"]
     """Of every sampled token, 0 outside the mask."""
-    truncated: Bool[Tensor, " B"] | Bool[Tensor, "B T"]
-    """Where truncation or a clip was active: [B] for one weight a trajectory, else [B, T]."""
+    limited: Bool[Tensor, " B"] | Bool[Tensor, "B T"]
+    """Where truncation, another shape or a token mask was active: [B] for one weight a trajectory."""
+    value_targets: Float[Tensor, "B T"] | None = None
+    """What the critic shall predict; None without one."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +68,42 @@ class Algorithm:
     """
 
     name: str
+    summary: str
+    """What it does, in one line."""
     source: str
     """Paper, and where its settings come from."""
-    importance: parts.Importance
-    baseline: parts.Baseline
-    normalisation: parts.Normalisation
-    surrogate: parts.Surrogate
-    aggregation: parts.Aggregation
-    step_rule: StepRule
+    importance: parts.Importance = parts.NO_IMPORTANCE
+    baseline: parts.CreditAssignment = parts.GROUP_MEAN
+    normalisation: parts.Normalisation = parts.NO_NORMALISATION
+    token_masks: tuple[parts.TokenMask, ...] = ()
+    """A token is left out if any of them leaves it out."""
+    penalty: parts.Penalty = parts.NO_PENALTY
+    aggregation: parts.Aggregation = parts.SEQUENCE_MEAN
+    step_rule: StepRule = "off"
+    ess_weights: Literal["sequence", "used"] = "sequence"
+    """Which weights the step's ESS is taken of."""
+    overlong: float = 0.0
+    """Part of the longest answer over which a length penalty rises to 1; 0: none."""
+    dynamic_sampling: bool = False
+    """Whether groups with equal rewards are replaced by others."""
     departures: tuple[str, ...] = ()
     """Where it differs from its source, one sentence each."""
 
     def __post_init__(self) -> None:
-        level = self.importance.level
-        if self.surrogate.weighs_by_ratio and level.corrects:
-            raise ConfigError(
-                f"{self.name}: the surrogate weighs tokens by their ratios already; use importance level none"
-            )
-        if self.baseline.needs_score_norms and not self.weighs_trajectories:
+        if self.baseline.needs_score_norms and self.importance.level.per_token:
             raise ConfigError(
                 f"{self.name}: the {self.baseline.name} baseline needs one weight a trajectory, and this "
-                "algorithm weighs every token; choose another algorithm.baseline or algorithm.name"
+                "algorithm weighs every token; choose another algorithm.baseline or algorithm.level"
             )
+        if any(clip.level is None for clip in self._clips):
+            if not self.importance.level.corrects:
+                raise ConfigError(f"{self.name}: without importance weights there is nothing to clip")
+            if isinstance(self.importance.shape, parts.Truncated):
+                raise ConfigError(f"{self.name} clips its weights already; leave algorithm.truncation unset")
+
+    @property
+    def _clips(self) -> list[parts.Clip]:
+        return [mask for mask in self.token_masks if isinstance(mask, parts.Clip)]
 
     @property
     def needs_score_norms(self) -> bool:
@@ -87,34 +111,75 @@ class Algorithm:
         return self.baseline.needs_score_norms
 
     @property
+    def needs_distributions(self) -> bool:
+        """Whether it must measure entropies and energies of the tokens' distributions."""
+        return any(part.needs_distributions for part in (self.baseline, *self.token_masks))
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether it must have a critic."""
+        return self.baseline.needs_values
+
+    @property
+    def spans_minibatch(self) -> bool:
+        """Whether :meth:`update` must see the whole minibatch at once, and not group by group."""
+        choices = (self.importance.shape, self.penalty, *self.token_masks)
+        return any(part.spans_minibatch for part in choices)
+
+    @property
     def weighs_trajectories(self) -> bool:
-        """Whether c_{i,t} = w_i A_i, the same for all tokens, with a weight that knows no advantage."""
-        return not (self.surrogate.weighs_by_ratio or self.importance.level.per_token)
+        """Whether c_{i,t} = w_i A_i, one for all tokens, with a weight that knows no other trajectory."""
+        return (
+            not self.importance.level.per_token
+            and not self.importance.shape.needs_group
+            and not self.spans_minibatch
+            and not self.baseline.per_token
+            and not self.token_masks
+            and self.penalty is parts.NO_PENALTY
+        )
 
     @torch.no_grad()
     def update(self, evidence: Evidence) -> Update:
-        """Coefficients of one step for a set of whole groups.
+        """Coefficients of one step for a set of whole groups; of all of them if ``spans_minibatch``.
 
         Independent of how the minibatch is split, as long as groups stay whole. No gradient.
 
         Raises:
             NonFiniteError: a log-probability, reward, weight or norm is not finite; names the trajectory.
-            VcpoError: score norms are needed and missing, or shapes do not fit.
+            VcpoError: something that is needed is missing in the evidence, or shapes do not fit.
         """
         ratios = log_ratios(evidence.log_probs, evidence.behaviour_log_probs, evidence.mask)
-        weights, truncated = self.importance(evidence)
-        baselines = self.baseline.values(evidence, weights)
-        advantages = self.normalisation.apply(evidence.rewards - baselines, evidence)
-        coefficients, clipped = self.surrogate(weights, ratios, advantages, evidence.mask)
+        weights, limited = self.importance(evidence)
+        credit = self.baseline(evidence, weights)
+        advantages = self.normalisation.apply(credit.advantages, evidence)
+        coefficients = policy_gradient_coefficients(weights, advantages, evidence.mask)
+        inside = evidence.mask.bool()
+        for mask in self.token_masks:
+            kept = mask(evidence, self.importance.level, advantages)
+            coefficients = torch.where(kept, coefficients, 0.0)
+            if mask.renormalises:
+                coefficients = coefficients * self.aggregation.renormalise(kept, inside).to(coefficients)
+            limited = inside & ((limited if limited.dim() == 2 else limited[:, None]) | ~kept)
+        penalty = self.penalty(evidence)
         return Update(
-            coefficients=coefficients,
+            coefficients=coefficients if penalty is None else coefficients + penalty,
             advantages=advantages,
-            baselines=baselines,
+            baselines=credit.baselines,
             log_weights=ratios.sum(-1),
             used_log_weights=weights,
             log_ratios=ratios,
-            truncated=truncated if clipped is None else clipped,
+            limited=limited,
+            value_targets=credit.value_targets,
         )
+
+    def shaped_rewards(
+        self, rewards: Float[Tensor, " B"], action_counts: Num[Tensor, " B"], longest: int
+    ) -> Float[Tensor, " B"]:
+        """Rewards less the penalty for overlong answers; ``longest``: sampled tokens an answer may have, 0 if
+        that is not known."""
+        if not (self.overlong and longest):
+            return rewards
+        return rewards + overlong_penalty(action_counts, longest, self.overlong * longest).to(rewards)
 
     def normalisers(self, action_counts: Num[Tensor, " B"]) -> Float[Tensor, " B"]:
         """n_i of every trajectory, from the action-token counts of the *whole* optimizer minibatch."""
@@ -128,31 +193,72 @@ class Algorithm:
         """This algorithm with the parts that the recipe sets; unset fields keep its own.
 
         Raises:
-            ConfigError: the parts contradict each other.
+            ConfigError: the parts contradict each other, or a setting is of a part that this one has not.
         """
         changes = {}
+        importance = self.importance
+        if config.level is not None:
+            importance = replace(importance, level=parts.LEVELS[config.level])
         if config.truncation is not None:
-            changes["importance"] = replace(self.importance, truncation=config.truncation)
+            importance = replace(importance, shape=parts.Truncated(config.truncation))
+        if importance is not self.importance:
+            changes["importance"] = importance
         if config.baseline is not None:
-            changes["baseline"] = parts.BASELINES[config.baseline]
+            margin = parts.MARGIN if config.margin is None else config.margin
+            changes["baseline"] = parts.baseline_named(config.baseline, margin)
+        elif config.margin is not None:
+            changes["baseline"] = self._with_margin(config.margin)
         if config.normalise is not None:
             changes["normalisation"] = parts.NORMALISATIONS[config.normalise]
-        if config.aggregation is not None:
-            changes["aggregation"] = parts.aggregation_named(config.aggregation, config.constant_length)
+        if config.clip_low is not None or config.clip_high is not None:
+            changes["token_masks"] = self._with_clip(config.clip_low, config.clip_high)
+        name = config.aggregation or self.aggregation.name
+        if config.aggregation is not None or (name == "constant" and config.constant_length is not None):
+            length = config.constant_length or parts.CONSTANT_LENGTH
+            changes["aggregation"] = parts.aggregation_named(name, length)
         if config.step_scale is not None:
             changes["step_rule"] = config.step_scale
-        return replace(self, **changes)
+        if config.ess_weights is not None:
+            changes["ess_weights"] = config.ess_weights
+        return replace(self, **changes) if changes else self
+
+    def _with_margin(self, margin: float) -> parts.Baseline:
+        name = self.baseline.name
+        if name not in ("below-mean", "bounded-optimal"):
+            raise ConfigError(
+                f"algorithm.margin is of the baselines below-mean and bounded-optimal, and {self.name} has "
+                f"{name}; set algorithm.baseline too"
+            )
+        return parts.baseline_named(name, margin)
+
+    def _with_clip(self, low: float | None, high: float | None) -> tuple[parts.TokenMask, ...]:
+        if not self._clips:
+            raise ConfigError(f"algorithm.clip_low and clip_high: {self.name} has no clip")
+        bounds = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
+        return tuple(
+            replace(mask, **bounds) if isinstance(mask, parts.Clip) else mask for mask in self.token_masks
+        )
 
     def describe(self) -> str:
         """Formula, paper, settings and departures, a few lines of text for people."""
+        penalty = self.penalty.formula
         lines = [
-            f"{self.name}: {self.source}",
+            f"{self.name}: {self.summary}",
+            f"  source       {self.source}",
             "  update       Σ n_i c_{i,t} ∇log π(y_t)",
-            f"  coefficient  {self.surrogate.formula}",
+            f"  coefficient  c = sg(w) · A{f' {penalty}' if penalty else ''}",
+            *(f"  mask         {mask.formula}" for mask in self.token_masks),
             f"  weights      {self.importance.formula}",
-            f"  advantage    {self.normalisation.formula}",
             f"  baseline     {self.baseline.name}: {self.baseline.formula}",
+            *([] if self.needs_values else [f"  advantage    {self.normalisation.formula}"]),
             f"  normaliser   {self.aggregation.name}: {self.aggregation.formula}",
-            f"  step         {_STEP_FORMULAS[self.step_rule]}",
+            f"  step         {_STEP_FORMULAS[self.step_rule]}"
+            + ("" if self.step_rule == "off" else f", {_ESS_FORMULAS[self.ess_weights]}"),
         ]
+        if self.overlong:
+            lines.append(
+                f"  rewards      less up to 1, linearly, over the last {self.overlong:.0%} of the limit"
+            )
+        if self.dynamic_sampling:
+            lines.append("  sampling     groups with equal rewards are replaced (pipeline.dynamic_sampling)")
         return "\n".join([*lines, *(f"  departure    {text}" for text in self.departures)])

@@ -144,24 +144,47 @@ class EnvironmentConfig(Section):
 
 class AlgorithmConfig(Section):
     name: str = "vcpo"
-    """vcpo, grpo, reinforce or tis; ``vcpo methods`` describes them."""
+    """Name of the method; ``vcpo methods`` lists them."""
     on_policy_ratio: Annotated[float, Field(gt=0, le=1)] | Literal["calibrated"] = 1.0
     """ESS ratio of on-policy data, below 1 where sampler and learner numerics differ; calibrated: found by
     ``vcpo calibrate`` for the lengths of each step."""
     calibration: str = ""
     """File that ``vcpo calibrate --out`` wrote; empty: the one that it keeps for this model and sampler."""
+    level: Literal["none", "token", "sequence", "geometric"] | None = None
+    """Level of the importance weights; unset: the algorithm's own."""
     truncation: PositiveFloat | None = None
     """Upper bound of the importance weights; unset: the algorithm's own."""
-    baseline: Literal["zero", "group-mean", "leave-one-out", "optimal"] | None = None
+    clip_low: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Lower bound of a clip is 1 minus this; unset: the algorithm's own."""
+    clip_high: NonNegativeFloat | None = None
+    """Upper bound of a clip is 1 plus this; unset: the algorithm's own."""
+    baseline: (
+        Literal[
+            "zero",
+            "group-mean",
+            "leave-one-out",
+            "below-mean",
+            "length-weighted",
+            "optimal",
+            "bounded-optimal",
+            "split-half-optimal",
+            "optimal-token",
+        ]
+        | None
+    ) = None
     """Baseline; unset: the algorithm's own."""
+    margin: NonNegativeFloat | None = None
+    """How far the baselines below-mean and bounded-optimal stay below the mean; unset: 0.1."""
     normalise: Literal["none", "std"] | None = None
     """Division of advantages by the group's reward deviation; unset: the algorithm's own."""
     aggregation: Literal["sequence-mean", "token-mean", "constant"] | None = None
     """How token terms are averaged; unset: the algorithm's own."""
-    constant_length: PositiveInt = 16
-    """Length that the ``constant`` aggregation divides by."""
+    constant_length: PositiveInt | None = None
+    """Length that the ``constant`` aggregation divides by; unset: 16."""
     step_scale: Literal["off", "sqrt", "linear"] | None = None
     """How the ESS ratio scales the step; unset: the algorithm's own."""
+    ess_weights: Literal["sequence", "used"] | None = None
+    """The ESS is of untruncated sequence weights, or of the weights used; unset: the algorithm's own."""
 
 
 class SamplerConfig(Section):
@@ -218,6 +241,8 @@ class SamplerConfig(Section):
 class LearnerConfig(Section):
     learning_rate: PositiveFloat = 4e-4
     """AdamW learning rate before scaling."""
+    critic_learning_rate: PositiveFloat | None = None
+    """Of the critic, for methods that have one; unset: as learning_rate."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; not scaled by ESS."""
     beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -19,7 +19,7 @@ from vcpo.errors import ConfigError
 from vcpo.estimators.checks import upcast
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Num
+    from jaxtyping import Bool, Float, Num
     from torch import Tensor
 
 
@@ -55,3 +55,21 @@ def constant(action_counts: Num[Tensor, " B"], length: float) -> Float[Tensor, "
         raise ConfigError(f"the constant length must be positive, got {length}")
     counts = upcast(action_counts)
     return torch.where(counts > 0, 1 / (len(counts) * length), 0.0).to(counts.dtype)
+
+
+def kept_of_sequence(kept: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """L_i / (kept tokens of trajectory i): makes :func:`sequence_mean` a mean over kept tokens. 1 where none
+    is kept."""
+    left = (kept & mask.bool()).sum(-1, keepdim=True)
+    return torch.where(left > 0, mask.sum(-1, keepdim=True) / left.clamp(min=1), 1.0)
+
+
+def kept_of_all(kept: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """Tokens / kept tokens of the whole minibatch: makes :func:`token_mean` a mean over kept tokens."""
+    left = (kept & mask.bool()).sum()
+    return torch.where(left > 0, mask.sum() / left.clamp(min=1), 1.0).expand(len(mask), 1)
+
+
+def unchanged(kept: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """1: a constant length does not depend on what is kept."""
+    return torch.ones(len(mask), 1, device=mask.device)

@@ -37,7 +37,7 @@ from vcpo.errors import VcpoError
 from vcpo.estimators.checks import require_finite, require_same_shape, upcast
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 
@@ -109,6 +109,83 @@ def _log_squared(log_weights: Tensor, squared_norms: Tensor) -> Tensor:
         index = int((norms < 0).nonzero()[0, 0])
         raise VcpoError(f"squared score norm {float(norms[index])} at trajectory index {index} is negative")
     return 2 * weights + norms.log()
+
+
+def split_half_optimal(
+    rewards: Float[Tensor, " B"],
+    log_weights: Float[Tensor, " B"],
+    squared_score_norms: Float[Tensor, " B"],
+    groups: Int[Tensor, " B"],
+) -> Float[Tensor, " B"]:
+    """:func:`optimal_baseline` of the *other* half of each group: independent of the trajectory, as
+    leave-one-out is, so it neither shrinks nor biases what it is subtracted from.
+
+    A group's members are dealt out in turn, in their order. A half without any score, or a group of one,
+    gets the optimum of the whole group. Arguments and errors as of :func:`optimal_baseline`. No gradient.
+    """
+    require_same_shape(rewards=rewards, groups=groups)
+    _, index = groups.unique(return_inverse=True)
+    # Place of each trajectory within its group, by counting equal ids before it.
+    places = (index[:, None] == index[None, :]).tril(-1).sum(-1)
+    halves = 2 * index + places % 2
+    own = optimal_baseline(rewards, log_weights, squared_score_norms, halves)
+    scored = squared_score_norms.detach() > 0
+    result = optimal_baseline(rewards, log_weights, squared_score_norms, groups)
+    for half in halves.unique().tolist():
+        other = halves == (half ^ 1)
+        if bool((other & scored).any()):
+            result = torch.where(halves == half, own[other][0], result)
+    return result
+
+
+def length_weighted(
+    rewards: Float[Tensor, " B"], action_counts: Int[Tensor, " B"], groups: Int[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """b = Σ L R / Σ L over the group, L the sampled tokens.
+
+    OPO, arXiv 2505.23585: the optimal baseline on-policy if the scores of a trajectory's tokens are
+    orthogonal and of one size, so that ‖s‖² ∝ L. A group without tokens gets its mean. No gradient; errors
+    as in :func:`optimal_baseline`.
+    """
+    lengths = upcast(action_counts)
+    return optimal_baseline(rewards, torch.zeros_like(lengths), lengths, groups)
+
+
+def optimal_token_baseline(
+    rewards: Float[Tensor, " B"],
+    log_weights: Float[Tensor, " B"] | Float[Tensor, "B T"],
+    energies: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    groups: Int[Tensor, " B"],
+) -> Float[Tensor, "B T"]:
+    """OTB, a baseline for each place t in the answer: b_t = Σ_i w_it² W_it R_i / Σ_i w_it² W_it.
+
+    W_t = Σ_{j≤t} (1 − 2π(y_j) + Σ_v π(v)²) is the energy of the score up to t, with respect to the logits;
+    the sum is over the members of the group that have a token t. arXiv 2602.07078; the return of a token is
+    that of the episode, as only its end is rewarded. ``energies`` [B, T] are the terms of W, outside the mask
+    without meaning. ``log_weights``: those the update uses. 0 outside the mask. No gradient.
+
+    Raises:
+        NonFiniteError: a reward, log-weight or energy inside the mask is not finite; names the trajectory.
+        VcpoError: the shapes differ.
+    """
+    require_same_shape(energies=energies, mask=mask)
+    group = _grouped(rewards, groups)
+    inside = mask.bool()
+    terms = require_finite(torch.where(inside, energies.detach().double(), 0.0), "logit energy")
+    weights = log_weights.detach().double()
+    weights = weights[:, None].expand(mask.shape) if weights.dim() == 1 else torch.where(inside, weights, 0.0)
+    require_finite(weights, "log-weight")
+    log_omega = torch.where(inside, 2 * weights + terms.cumsum(-1).clamp(min=0).log(), -torch.inf)
+    baseline = torch.zeros_like(log_omega)
+    for place in range(mask.shape[1]):  # _largest and total are over one number a trajectory
+        peak = _largest(log_omega[:, place], group.index, len(group.counts))
+        omega = torch.where(
+            peak.isfinite(), (log_omega[:, place] - peak).exp(), inside[:, place].to(peak.dtype)
+        )
+        share = group.total(omega * group.differences) / group.total(omega).clamp(min=1e-300)
+        baseline[:, place] = group.reference + share
+    return torch.where(inside, baseline, 0.0).to(upcast(rewards).dtype)
 
 
 def zero_baseline(rewards: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

@@ -90,6 +90,58 @@ def truncate(log_weights: Float[Tensor, " ..."], ceiling: float) -> Float[Tensor
     return require_finite(upcast(log_weights), "log-weight").clamp(max=math.log(ceiling))
 
 
+def taper(
+    log_weights: Float[Tensor, " B"],
+    excess: Float[Tensor, " B"],
+    above: tuple[float, float] = (1.0, 1.0),
+    below: tuple[float, float] = (0.0, 1.0),
+) -> Float[Tensor, " B"]:
+    """Log of w clipped into ``above`` where the reward exceeds its reference, into ``below`` elsewhere.
+
+    TOPR, arXiv 2503.14286, with its canonical limits: successes keep weight 1 whatever their probability has
+    become, failures the weight min(w, 1). ``excess`` [B] is the reward minus the reference; limits are
+    weights, not log-weights, with 0 ≤ low ≤ high. Not an unbiased estimator off-policy. Gradient flows where
+    the weight is inside its limits.
+
+    Raises:
+        ConfigError: not 0 ≤ low ≤ high with high positive.
+        NonFiniteError: a log-weight is not finite; names the trajectory.
+    """
+    values = require_finite(upcast(log_weights), "log-weight")
+    return torch.where(excess.detach() > 0, _clip(values, *above), _clip(values, *below))
+
+
+def _clip(log_weights: Tensor, low: float, high: float) -> Tensor:
+    if not (0 <= low <= high and high > 0):
+        raise ConfigError(f"weights are clipped into 0 <= low <= high, got low {low} and high {high}")
+    return log_weights.clamp(math.log(low) if low > 0 else -math.inf, math.log(high))
+
+
+def soften(
+    log_weights: Float[Tensor, " ..."],
+    excess: Float[Tensor, " B"],
+    above: tuple[float, float] = (2.0, 3.0),
+    below: tuple[float, float] = (3.0, 2.0),
+) -> Float[Tensor, " ..."]:
+    """Log of φ(w) = w^k e^(λ(1−w)): 1 at w = 1, and falling to 0 for small and for large weights.
+
+    VESPO, arXiv 2602.10693: (k, λ) are ``above`` where the reward exceeds its reference, else ``below``. φ
+    has its largest value at w = k/λ. Values below e^−10000 are e^−10000. No gradient: the weight of a policy
+    gradient.
+
+    Raises:
+        NonFiniteError: a log-weight is not finite; names the trajectory.
+    """
+    values = require_finite(upcast(log_weights.detach()), "log-weight")
+    first = (excess.detach() > 0).view(-1, *[1] * (values.dim() - 1))
+    k, decay = (torch.where(first, a, b).to(values) for a, b in zip(above, below, strict=True))
+    weights = values.clamp(max=80.0).exp()  # beyond, φ is 0 in any number type
+    return (k * values + decay * (1 - weights)).clamp(min=_LEAST)
+
+
+_LEAST = -1e4
+
+
 def keep_within(log_weights: Float[Tensor, " ..."], low: float, high: float) -> Bool[Tensor, " ..."]:
     """True where low ≤ w ≤ high: the rejection of masked importance sampling, at any level.
 

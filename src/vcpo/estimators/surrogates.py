@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 def policy_gradient_coefficients(
     log_weights: Float[Tensor, " B"] | Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
 ) -> Float[Tensor, "B T"]:
     """REINFORCE with stop-gradient weights: c_{i,t} = exp(log w) · A_i where ``mask``, else 0.
 
-    ``log_weights`` are of a sequence [B] or of a token [B, T], truncated by the caller if at all. This is the
+    ``log_weights`` and ``advantages`` are of a sequence [B] or of a token [B, T], the weights truncated by
+    the caller if at all. This is the
     gradient of the loss of VCPO (arXiv 2602.17616) and of TIS. A zero advantage gives exactly 0, whatever
     the weight. Not normalised. No gradient: inputs are detached.
 
@@ -61,23 +62,43 @@ def ppo_clip_coefficients(
 
 
 def ppo_clip_active(
-    log_ratios: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
+    log_ratios: Float[Tensor, "B T"] | Float[Tensor, " B"],
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     low: float = 0.2,
     high: float = 0.2,
+    dual: float | None = None,
 ) -> Bool[Tensor, "B T"]:
     """True where PPO's clip stops the gradient: r > 1 + high with A > 0, or r < 1 − low with A < 0.
 
-    Errors as in :func:`ppo_clip_coefficients`.
+    ``dual``: also where r > dual with A < 0, the dual clip of arXiv 1912.09729. Ratios of sequences, [B],
+    are clipped as GSPO does (arXiv 2507.18071). Errors as in :func:`ppo_clip_coefficients`.
     """
     if not (0 <= low < 1 and high >= 0):
         raise ConfigError(f"PPO clips to [1 - low, 1 + high], 0 <= low < 1, high >= 0; got {low} and {high}")
+    if dual is not None and not dual > 1:
+        raise ConfigError(f"the dual clip is a ratio above 1, got {dual}")
     ratios = _per_token(log_ratios, mask)
-    gain = advantages.detach()[:, None]
+    gain = _gain(advantages, mask)
     too_high = (gain > 0) & (ratios > math.log1p(high))
     too_low = (gain < 0) & (ratios < math.log1p(-low))
+    if dual is not None:
+        too_low |= (gain < 0) & (ratios > math.log(dual))
     return mask.bool() & (too_high | too_low)
+
+
+def kl_coefficients(log_ratios: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Coefficients whose update lowers KL(π ‖ μ), estimated from tokens of μ: −ρ_t log ρ_t where ``mask``.
+
+    From KL(π ‖ μ) = E_μ[ρ log ρ], token by token, whose gradient is E_μ[ρ log ρ ∇log π] as E_μ[ρ ∇log π] = 0.
+    It is the trust-region term of P3O (arXiv 2605.12380), which the caller multiplies by 1 − ESS ratio. Not
+    normalised. No gradient.
+
+    Raises:
+        NonFiniteError: a log-ratio inside the mask is not finite, or a ratio overflows; names the trajectory.
+    """
+    ratios = _per_token(log_ratios, mask)
+    return require_finite(-ratios.exp() * ratios, "ratio times its logarithm")
 
 
 def _per_token(log_weights: Tensor, mask: Tensor) -> Tensor:
@@ -92,9 +113,17 @@ def _per_token(log_weights: Tensor, mask: Tensor) -> Tensor:
 
 def _product(log_weights: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """exp(log w) · A where the mask and the advantage are not zero; exactly 0 elsewhere."""
-    if advantages.shape != mask.shape[:1]:
-        raise VcpoError(f"{tuple(advantages.shape)} advantages for a mask of shape {tuple(mask.shape)}")
-    gain = require_finite(upcast(advantages.detach()), "advantage")[:, None]
+    gain = _gain(advantages, mask)
     # 0 · e^1000 would be NaN: a zero advantage never meets its weight.
     product = torch.where(mask.bool() & (gain != 0), log_weights.exp() * gain, 0.0)
     return require_finite(product, "importance weight times advantage", "truncate the importance weights")
+
+
+def _gain(advantages: Tensor, mask: Tensor) -> Tensor:
+    """[B, 1] or [B, T] detached advantages, finite; of a token, 0 outside the mask."""
+    gain = upcast(advantages.detach())
+    if gain.dim() == 1 and gain.shape == mask.shape[:1]:
+        return require_finite(gain, "advantage")[:, None]
+    if gain.shape != mask.shape:
+        raise VcpoError(f"{tuple(advantages.shape)} advantages for a mask of shape {tuple(mask.shape)}")
+    return require_finite(torch.where(mask.bool(), gain, 0.0), "advantage")

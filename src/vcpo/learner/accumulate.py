@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from vcpo.algorithms.composition import Algorithm, Evidence, Update
-from vcpo.errors import NonFiniteError, UnsupportedLayerError, VcpoError
+from vcpo.errors import NonFiniteError, UnsupportedLayerError
+from vcpo.learner.critic import Critic
 from vcpo.learner.minibatch import Measured, Minibatch, evidence_of
 from vcpo.policy.loading import Policy
 from vcpo.policy.log_probs import LOGIT_BUDGET, TokenLogProbs, predicting
@@ -43,6 +44,8 @@ class Contribution:
     loss: float
     relative_errors: Tensor | None = None
     """[B] of the squared score norms; None if there are none."""
+    value_loss: float = 0.0
+    """Its part of the critic's loss."""
 
 
 SMALLEST_SEED = 1e-12
@@ -62,7 +65,9 @@ class Accumulator:
         score_norms: str,
         temperature: float = 1.0,
         logit_budget: int = LOGIT_BUDGET,
+        critic: Critic | None = None,
     ) -> None:
+        self._critic = critic
         self._model, self._algorithm = policy.model, algorithm
         self._budget, self._packed = token_budget, packed
         self._log_probs = TokenLogProbs(policy.model, temperature=temperature, logit_budget=logit_budget)
@@ -71,18 +76,19 @@ class Accumulator:
 
     def units(self, batch: Minibatch) -> list[list[list[int]]]:
         """The minibatch cut into units of micro-batches: units > micro-batches > places."""
-        return micro_batches(
+        units = micro_batches(
             batch.trajectories,
             batch.groups,
             self._budget,
             packed=self._packed,
             kinds=batch.rewards.tolist() if self._algorithm.weighs_trajectories else None,
         )
+        return [[part for unit in units for part in unit]] if self._algorithm.spans_minibatch else units
 
-    def add(self, unit: list[list[int]], batch: Minibatch, seed: int) -> Contribution:
-        """Add one unit's gradient. ``seed`` decides the sketch of score norms."""
+    def add(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
+        """Add one unit's gradient. The minibatch's version decides the sketch of score norms."""
         if self._tape is not None:
-            self._tape.seed = seed
+            self._tape.seed = batch.version
         if len(unit) == 1:
             return self._at_once(unit[0], batch)
         if self._algorithm.weighs_trajectories and not any(map(is_sharded, self._model.parameters())):
@@ -92,25 +98,42 @@ class Accumulator:
     def _at_once(self, members: list[int], batch: Minibatch) -> Contribution:
         rows = self._pack(members, batch)
         if self._tape is None:
-            log_probs = self._log_probs(rows)
-            evidence = evidence_of([Measured(members, rows, log_probs.detach())], batch)
+            log_probs, distributions = self._forward(rows)
+            values = None if self._critic is None else self._critic(rows)
+            known = None if values is None else values.detach()
+            part = Measured(members, rows, log_probs.detach(), distributions=distributions, values=known)
+            evidence = evidence_of([part], batch)
             update = self._update(evidence, members)
             loss = -(
                 _token_factors(update.coefficients, rows, members, batch).to(log_probs) * log_probs
             ).sum()
             loss.backward()
-            return Contribution(update, evidence, float(loss.detach()))
+            value_loss = 0.0 if values is None else _value_backward(values, update, part, batch)
+            return Contribution(update, evidence, float(loss.detach()), value_loss=value_loss)
         with self._tape:
-            log_probs = self._log_probs(rows)
+            log_probs, distributions = self._forward(rows)
         normalisers = batch.normalisers[members].to(log_probs)
         objective = (normalisers[rows.action_owners] * log_probs).sum()
         with _naming(members):
             record = self._tape.measure(objective, rows.segments, rows.count, predicting(rows))
-        evidence = evidence_of([Measured(members, rows, log_probs.detach(), record.squared_norms)], batch)
+        part = Measured(
+            members, rows, log_probs.detach(), record.squared_norms, record.relative_errors, distributions
+        )
+        evidence = evidence_of([part], batch)
         update = self._update(evidence, members)
-        record.backward(-_trajectory_coefficients(update, evidence))
+        shared = _trajectory_coefficients(update, evidence)
+        if shared is None:
+            self._again([part], update, batch)
+        else:
+            record.backward(-shared)
         loss = _loss(update, evidence, batch.normalisers[members])
         return Contribution(update, evidence, loss, record.relative_errors)
+
+    def _forward(self, rows: PackedRows) -> tuple[Tensor, Tensor | None]:
+        """Log-probs [N] with gradient, and entropies and energies [2, N] if the algorithm wants them."""
+        if self._algorithm.needs_distributions:
+            return self._log_probs.with_distributions(rows)
+        return self._log_probs(rows), None
 
     def _in_two_sums(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
         members = [i for part in unit for i in part]
@@ -158,33 +181,40 @@ class Accumulator:
         parts = [self._norms_of(part, batch) for part in unit]
         evidence = evidence_of(parts, batch)
         update = self._update(evidence, members)
-        self._again(parts, update, batch)
+        value_loss = self._again(parts, update, batch)
         loss = _loss(update, evidence, batch.normalisers[members])
-        return Contribution(update, evidence, loss, _errors_of(parts))
+        return Contribution(update, evidence, loss, _errors_of(parts), value_loss)
 
     def _norms_of(self, members: list[int], batch: Minibatch) -> Measured:
         """A first pass, that adds no gradient."""
         rows = self._pack(members, batch)
         if self._tape is None:
             with torch.no_grad():
-                return Measured(members, rows, self._log_probs(rows))
+                log_probs, distributions = self._forward(rows)
+                values = None if self._critic is None else self._critic(rows)
+            return Measured(members, rows, log_probs, distributions=distributions, values=values)
         with self._tape:
-            log_probs = self._log_probs(rows)
+            log_probs, distributions = self._forward(rows)
         normalisers = batch.normalisers[members].to(log_probs)
         objective = (normalisers[rows.action_owners] * log_probs).sum()
         with _naming(members):
             found = self._tape.norms(objective, rows.segments, rows.count, predicting(rows))
-        return Measured(members, rows, log_probs.detach(), found.squared_norms, found.relative_errors)
+        return Measured(
+            members, rows, log_probs.detach(), found.squared_norms, found.relative_errors, distributions
+        )
 
-    def _again(self, parts: Sequence[Measured], update: Update, batch: Minibatch) -> None:
-        """A second pass, that adds the gradient."""
-        begin = 0
+    def _again(self, parts: Sequence[Measured], update: Update, batch: Minibatch) -> float:
+        """A second pass, that adds the gradient; the critic's loss."""
+        begin, value_loss = 0, 0.0
         for part in parts:
             end = begin + len(part.members)
             factors = _token_factors(update.coefficients[begin:end], part.rows, part.members, batch)
-            begin = end
             log_probs = self._log_probs(part.rows)
             (-(factors.to(log_probs) * log_probs).sum()).backward()
+            if self._critic is not None:
+                value_loss += _value_backward(self._critic(part.rows), update, part, batch, begin)
+            begin = end
+        return value_loss
 
     def _pack(self, members: Sequence[int], batch: Minibatch) -> PackedRows:
         pad = self._model.config.get_text_config().pad_token_id or 0
@@ -301,12 +331,23 @@ def _token_factors(
     return weighted[rows.action_owners.cpu(), rows.action_places.cpu()]
 
 
-def _trajectory_coefficients(update: Update, evidence: Evidence) -> Tensor:
-    """[B] coefficient that all tokens of a trajectory share; 0 without sampled tokens."""
+def _trajectory_coefficients(update: Update, evidence: Evidence) -> Tensor | None:
+    """[B] coefficient that all tokens of a trajectory share, 0 without sampled tokens; else None."""
     first = update.coefficients[:, 0]
-    if ((update.coefficients != first[:, None]) & evidence.mask).any():
-        raise VcpoError("a baseline from score norms needs one coefficient for all tokens of a trajectory")
-    return first
+    differs = (update.coefficients != first[:, None]) & evidence.mask
+    return None if bool(differs.any()) else first
+
+
+def _value_backward(
+    values: Tensor, update: Update, part: Measured, batch: Minibatch, begin: int = 0
+) -> float:
+    """Adds the gradient of ½ mean (V_t − target_t)² over the tokens of the minibatch; this part's share."""
+    assert update.value_targets is not None
+    table = update.value_targets[begin : begin + len(part.members)]
+    targets = table[part.rows.action_owners.cpu(), part.rows.action_places.cpu()].to(values)
+    loss = 0.5 * (values - targets).square().sum() / max(batch.action_tokens, 1)
+    loss.backward()
+    return float(loss.detach())
 
 
 def _loss(update: Update, evidence: Evidence, normalisers: Tensor) -> float:

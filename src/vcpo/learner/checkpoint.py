@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on, in safetensors and JSON; nothing is ever unpickled.
 
 ``checkpoints/step-000100/`` holds ``weights.safetensors``, ``optimizer.safetensors`` (moments and the
-torch random state) and ``state.json`` (step, and whatever the pipeline adds: its place in the prompt
-stream). A checkpoint appears under its name only when it is complete; the newest two are kept.
+torch random state), ``critic.safetensors`` where there is a critic, and ``state.json`` (step, and whatever
+the pipeline adds: its place in the prompt stream). A checkpoint appears under its name only when it is
+complete; the newest two are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vcpo.weights import load_weights, read_weights, weight_tensors, write_weigh
 
 FOLDER, KEPT = "checkpoints", 2
 _RANDOM_STATE = "torch_random_state"
+_CRITIC = "critic.safetensors"
 
 
 def checkpoint_path(run_folder: Path, step: int) -> Path:
@@ -50,6 +52,8 @@ def save_checkpoint(run_folder: Path, learner: Learner, state: dict[str, Any]) -
     write_weights(
         partial / "optimizer.safetensors", {**learner.optimizer.state(), _RANDOM_STATE: torch.get_rng_state()}
     )
+    if learner.critic is not None:
+        write_weights(partial / _CRITIC, learner.critic.state())
     (partial / "state.json").write_text(json.dumps({**state, "step": learner.version}))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -64,9 +68,12 @@ def load_checkpoint(checkpoint: Path, learner: Learner) -> dict[str, Any]:
     try:
         weights = read_weights(checkpoint / "weights.safetensors")
         moments = read_weights(checkpoint / "optimizer.safetensors")
+        values = None if learner.critic is None else read_weights(checkpoint / _CRITIC)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {checkpoint}: {error}") from error
     load_weights(learner.policy.model, weights)
     torch.set_rng_state(moments.pop(_RANDOM_STATE))
     learner.optimizer.load_state(moments, state["step"])
+    if learner.critic is not None and values is not None:
+        learner.critic.load_state(values, state["step"])
     return state

@@ -29,7 +29,8 @@ from torch import Tensor
 from vcpo.algorithms.composition import Algorithm
 from vcpo.config import LearnerConfig
 from vcpo.learner.accumulate import Accumulator
-from vcpo.learner.measurements import StepEvidence, group_metrics
+from vcpo.learner.critic import Critic
+from vcpo.learner.measurements import StepEvidence, critic_metrics, group_metrics
 from vcpo.learner.minibatch import Minibatch
 from vcpo.learner.optimizer import ScaledAdamW
 from vcpo.policy.loading import Policy
@@ -54,10 +55,13 @@ class Learner:
         on_policy_ratio: float | OnPolicyRatio = 1.0,
         *,
         temperature: float = 1.0,
+        longest_answer: int = 0,
     ) -> None:
-        """``temperature``: the policy is softmax(logits / temperature), as the sampler samples it."""
+        """``temperature``: the policy is softmax(logits / temperature), as the sampler samples it.
+        ``longest_answer``: sampled tokens an episode may have, for algorithms that punish overlong ones."""
         self.policy, self.algorithm = policy, algorithm
-        self._on_policy_ratio = on_policy_ratio
+        self._on_policy_ratio, self._longest_answer = on_policy_ratio, longest_answer
+        self.critic = Critic(policy, config) if algorithm.needs_values else None
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
         packed = keeps_packed_apart(policy.model)
         if not packed:
@@ -73,6 +77,7 @@ class Learner:
             score_norms=config.score_norms,
             logit_budget=config.logit_budget,
             temperature=temperature,
+            critic=self.critic,
         )
 
     @property
@@ -83,17 +88,19 @@ class Learner:
     def step(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Train on ``groups`` once and return the step's metrics (``monitor.glossary`` explains them)."""
         begun = time.perf_counter()
-        batch = Minibatch.of(groups, self.algorithm)
+        version = self.version
+        batch = Minibatch.of(groups, self.algorithm, version=version, longest_answer=self._longest_answer)
         self.optimizer.zero_grad()
-        parts = [
-            self._accumulator.add(unit, batch, seed=self.version) for unit in self._accumulator.units(batch)
-        ]
+        if self.critic is not None:
+            self.critic.optimizer.zero_grad()
+        parts = [self._accumulator.add(unit, batch) for unit in self._accumulator.units(batch)]
         evidence = StepEvidence.of(parts)
         on_policy_ratio = self._on_policy_ratio_of(batch)
-        scale = float(self.algorithm.scale(evidence.ess_ratio, on_policy_ratio))
+        scale = float(self.algorithm.scale(evidence.ess_ratio(self.algorithm.ess_weights), on_policy_ratio))
         grad_norm = self.optimizer.clip()
-        version = self.version
         learning_rate = self.optimizer.step(scale)
+        if self.critic is not None:
+            self.critic.step()
         return {
             "loss": sum(part.loss for part in parts),
             "on_policy_ratio": on_policy_ratio,
@@ -101,6 +108,7 @@ class Learner:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             **evidence.metrics(),
+            **(critic_metrics(parts) if self.critic is not None else {}),
             **group_metrics(groups, version),
             "seconds_training": time.perf_counter() - begun,
         }

@@ -25,16 +25,16 @@ class StepEvidence:
 
     log_weights: Tensor
     """Unclipped sequence log importance weights of the trajectories with sampled tokens."""
-    used_log_weights: Tensor | None
-    """Log of the truncated weights of the same; None if the update weighs tokens one by one."""
+    used_log_weights: Tensor
+    """Log of the weights that the update used: of the same trajectories, or of every sampled token."""
     token_log_ratios: Tensor
     """[N] log π − log μ of every sampled token."""
     advantages: Tensor
-    """[B]."""
+    """[B], or [N] where every token has its own."""
     baselines: Tensor
-    """[B]."""
-    truncated: Tensor
-    """Bool, one entry for each weight that truncation or clipping changed or could have changed."""
+    """[B] or [N]."""
+    limited: Tensor
+    """Bool, one entry for each weight that truncation or a mask changed or could have changed."""
     squared_norms: Tensor | None
     """[B]."""
     norm_errors: Tensor | None
@@ -48,24 +48,24 @@ class StepEvidence:
         # A trajectory without sampled tokens (a failed episode) has weight 1 and no gradient. Where the
         # others have drifted to small weights it would own the ESS; it says nothing about the policies.
         sampled = [e.mask.any(-1) for _, e in parts]
-        used = [u.used_log_weights for u, _ in parts]
-        by_trajectory = used[0].dim() == 1
+        by_trajectory = parts[0][0].used_log_weights.dim() == 1
+        used = [u.used_log_weights if by_trajectory else u.used_log_weights[e.mask] for u, e in parts]
         return StepEvidence(
             log_weights=_where_sampled([u.log_weights for u, _ in parts], sampled),
-            used_log_weights=_where_sampled(used, sampled) if by_trajectory else None,
+            used_log_weights=_where_sampled(used, sampled) if by_trajectory else torch.cat(used),
             token_log_ratios=torch.cat([u.log_ratios[e.mask] for u, e in parts]),
-            advantages=torch.cat([u.advantages for u, _ in parts]),
-            baselines=torch.cat([u.baselines for u, _ in parts]),
-            truncated=torch.cat(
-                [u.truncated[e.mask] if u.truncated.dim() == 2 else u.truncated for u, e in parts]
-            ),
+            advantages=_flat([(u.advantages, e.mask) for u, e in parts]),
+            baselines=_flat([(u.baselines, e.mask) for u, e in parts]),
+            limited=_flat([(u.limited, e.mask) for u, e in parts]),
             squared_norms=torch.cat(norms) if norms else None,
             norm_errors=torch.cat(errors) if errors else None,
         )
 
-    @property
-    def ess_ratio(self) -> Tensor:
-        return ess_ratio(self.log_weights)
+    def ess_ratio(self, weights: str) -> Tensor:
+        """Of the ``sequence`` weights, untruncated, or of the weights ``used``."""
+        if weights == "sequence" or not len(self.used_log_weights):
+            return ess_ratio(self.log_weights)
+        return ess_ratio(self.used_log_weights)
 
     def metrics(self) -> dict[str, float]:
         lw, ratios = self.log_weights.double(), self.token_log_ratios.double()
@@ -77,18 +77,38 @@ class StepEvidence:
             "top_weight_share": (lw.max() - lw.logsumexp(0)).exp(),
             "kl": (ratios.exp() - 1 - ratios).mean() if len(ratios) else torch.zeros(()),
             "ratio_variance": ratios.square().mean() if len(ratios) else torch.zeros(()),
-            "truncated_fraction": self.truncated.float().mean() if len(self.truncated) else torch.zeros(()),
-            "baseline_mean": self.baselines.mean(),
-            "advantage_std": self.advantages.std(),
+            "truncated_fraction": self.limited.float().mean() if len(self.limited) else torch.zeros(()),
+            "baseline_mean": self.baselines.mean() if len(self.baselines) else torch.zeros(()),
+            "advantage_std": self.advantages.std() if len(self.advantages) > 1 else torch.zeros(()),
+            "ess_ratio_truncated": self.ess_ratio("used"),
         }
-        if self.used_log_weights is not None:
-            figures["ess_ratio_truncated"] = ess_ratio(self.used_log_weights)
         if self.squared_norms is not None:
             norms = self.squared_norms.sqrt()
             figures |= {"score_norm_mean": norms.mean(), "score_norm_max": norms.max()}
         if self.norm_errors is not None:
             figures["score_norm_error"] = self.norm_errors.mean()
         return {name: float(value) for name, value in figures.items()}
+
+
+def critic_metrics(contributions: Sequence[Contribution]) -> dict[str, float]:
+    """How well the critic predicts its targets."""
+    pairs = [
+        (c.update.value_targets[c.evidence.mask], c.update.baselines[c.evidence.mask])
+        for c in contributions
+        if c.update.value_targets is not None
+    ]
+    targets, values = (torch.cat(part) for part in zip(*pairs, strict=True))
+    spread = targets.var(correction=0)
+    explained = 1 - (targets - values).var(correction=0) / spread if spread > 0 else torch.zeros(())
+    return {
+        "value_loss": sum(c.value_loss for c in contributions),
+        "value_explained": float(explained),
+    }
+
+
+def _flat(tables: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """[B] entries as they are, [B, T] ones inside their mask."""
+    return torch.cat([table[mask] if table.dim() == 2 else table for table, mask in tables])
 
 
 def _where_sampled(parts: Sequence[Tensor], sampled: Sequence[Tensor]) -> Tensor:

@@ -24,11 +24,22 @@ class Minibatch:
     normalisers: Tensor
     """n_i, [B] float32: those of the whole minibatch, however it is cut."""
     rewards: Tensor
-    """[B] float32."""
+    """[B] float32, as the algorithm shapes them."""
+    version: int = 0
+    """The learner's, before the step."""
+
+    @property
+    def action_tokens(self) -> int:
+        return sum(t.action_count for t in self.trajectories)
 
     @staticmethod
-    def of(groups: Sequence[Group], algorithm: Algorithm) -> Minibatch:
-        """Raises VcpoError if there is no group, or a trajectory begins with a sampled token."""
+    def of(
+        groups: Sequence[Group], algorithm: Algorithm, *, version: int = 0, longest_answer: int = 0
+    ) -> Minibatch:
+        """``longest_answer``: sampled tokens an episode may have, for algorithms that punish overlong ones.
+
+        Raises VcpoError if there is no group, or a trajectory begins with a sampled token.
+        """
         if not groups:
             raise VcpoError("a step needs at least one group")
         trajectories = [t for g in groups for t in g.trajectories]
@@ -38,11 +49,13 @@ class Minibatch:
                     f"trajectory {i} begins with a sampled token: an episode must observe a prompt first"
                 )
         counts = torch.tensor([t.action_count for t in trajectories])
+        rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float32)
         return Minibatch(
             trajectories=trajectories,
             groups=[g for g, group in enumerate(groups) for _ in group.trajectories],
             normalisers=algorithm.normalisers(counts),
-            rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
+            rewards=algorithm.shaped_rewards(rewards, counts, longest_answer),
+            version=version,
         )
 
 
@@ -59,6 +72,10 @@ class Measured:
     """[B] of nᵢ ∇log π, detached."""
     relative_errors: Tensor | None = None
     """[B] of the squared norms."""
+    distributions: Tensor | None = None
+    """[2, N] entropy and energy of the distribution of each sampled token."""
+    values: Tensor | None = None
+    """[N] the critic's, detached."""
 
 
 def evidence_of(parts: Sequence[Measured], batch: Minibatch) -> Evidence:
@@ -66,24 +83,43 @@ def evidence_of(parts: Sequence[Measured], batch: Minibatch) -> Evidence:
     members = [i for part in parts for i in part.members]
     trajectories = [batch.trajectories[i] for i in members]
     width = max(part.rows.width for part in parts)
-    log_probs = torch.zeros(len(members), width, dtype=torch.float32)
-    behaviour = torch.zeros_like(log_probs)
+    behaviour = torch.zeros(len(members), width, dtype=torch.float32)
+    lags = torch.zeros(len(members), width, dtype=torch.long)
     mask = torch.zeros(len(members), width, dtype=torch.bool)
-    begin = 0
-    for part in parts:
-        end = begin + len(part.members)
-        log_probs[begin:end, : part.rows.width] = part.rows.spread(part.log_probs).float().cpu()
-        begin = end
     for row, trajectory in enumerate(trajectories):
         sampled = torch.from_numpy(trajectory.log_probs[trajectory.action_mask])
         behaviour[row, : len(sampled)] = sampled
+        versions = torch.from_numpy(trajectory.versions[trajectory.action_mask].astype("int64"))
+        lags[row, : len(sampled)] = batch.version - versions
         mask[row, : len(sampled)] = True
     norms = [part.squared_norms for part in parts if part.squared_norms is not None]
+    entropies, energies = (
+        _table(parts, [None if p.distributions is None else p.distributions[k] for p in parts], width)
+        for k in (0, 1)
+    )
+    log_probs = _table(parts, [part.log_probs for part in parts], width)
+    assert log_probs is not None
     return Evidence(
         log_probs=log_probs,
         behaviour_log_probs=behaviour,
         mask=mask,
         rewards=batch.rewards[members],
         groups=torch.tensor([batch.groups[i] for i in members]),
+        lags=lags,
         squared_score_norms=torch.cat(norms).cpu() if norms else None,
+        entropies=entropies,
+        energies=energies,
+        values=_table(parts, [part.values for part in parts], width),
     )
+
+
+def _table(parts: Sequence[Measured], values: Sequence[Tensor | None], width: int) -> Tensor | None:
+    """[B, width] float32 of the [N] values of each part; None if a part has none."""
+    rows = []
+    for part, own in zip(parts, values, strict=True):
+        if own is None:
+            return None
+        table = torch.zeros(len(part.members), width, dtype=torch.float32)
+        table[:, : part.rows.width] = part.rows.spread(own).float().cpu()
+        rows.append(table)
+    return torch.cat(rows)

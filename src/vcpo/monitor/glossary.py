@@ -104,7 +104,7 @@ _METRICS = (
         "ess_ratio_truncated",
         "variance",
         "",
-        "ESS ratio of the weights after truncation, as the loss uses them.",
+        "ESS ratio of the weights that the update uses (truncated, tapered), of trajectories or tokens.",
         "Far above the ESS ratio: truncation hides the staleness, it does not remove it.",
     ),
     Metric(
@@ -115,6 +115,20 @@ _METRICS = (
         "calibrated for the lengths of the step.",
         "Below 1 only where the sampler's numerics differ from the learner's, or top_p or top_k cut; "
         "calibrated, it falls as answers grow.",
+    ),
+    Metric(
+        "value_loss",
+        "learning",
+        "",
+        "Half the mean squared error of the critic.",
+        "Falls while the critic learns, and rises when rewards change.",
+    ),
+    Metric(
+        "value_explained",
+        "learning",
+        "",
+        "Part of the variance of its targets that the critic explains.",
+        "Near 0 or below: advantages are no better than the rewards themselves.",
     ),
     Metric(
         "log_weight_mean",
@@ -141,7 +155,7 @@ _METRICS = (
         "truncated_fraction",
         "variance",
         "",
-        "Fraction of importance weights, or of token ratios where those are clipped, beyond the bound.",
+        "Fraction of importance weights beyond their bounds, or of tokens that a mask leaves out.",
         "Above 0.1 the update is noticeably biased.",
     ),
     Metric(

@@ -89,7 +89,8 @@ def build_learner(config: Config, policy: Policy, run_folder: Path | None = None
     if ratio == "calibrated":
         ratio = find_calibration(config, run_folder).on_policy_ratio
     algorithm, temperature = algorithm_of(config), config.sampler.temperature
-    return Learner(policy, algorithm, config.learner, ratio, temperature=temperature)
+    longest = config.environment.max_tokens
+    return Learner(policy, algorithm, config.learner, ratio, temperature=temperature, longest_answer=longest)
 
 
 def build_rollout_loop(config: Config, speaker: Speaker, sampler: Completer) -> RolloutLoop:

@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from vcpo.policy.packing import PackedRows, pack
 from vcpo.scores.head import Curve, LogProbHead, Question
 from vcpo.scores.layout import precise
+from vcpo.scores.proxies import token_distributions
 from vcpo.trajectory import NOT_SAMPLED, Trajectory
 
 if TYPE_CHECKING:
@@ -92,6 +93,23 @@ class TokenLogProbs:
         if self._in_pieces and len(tokens) * self._vocabulary > self._budget:
             return self._asked(rows, Question(tokens, self._curve, self._budget))
         return _chosen(self._run(rows), tokens, self._temperature)
+
+    def with_distributions(self, rows: PackedRows) -> tuple[Float[Tensor, " N"], Float[Tensor, "2 N"]]:
+        """The same, and of the distribution each token was sampled from its entropy and its energy
+        (:func:`vcpo.scores.proxies.token_distributions`), without gradient."""
+        tokens = sampled_tokens(rows)
+        if self._in_pieces and len(tokens) * self._vocabulary > self._budget:
+            question = Question(tokens, self._curve, self._budget, wants_distributions=True)
+            log_probs = self._asked(rows, question)
+            assert question.distributions is not None
+            return log_probs, question.distributions
+        if self._selects:
+            logits = self._run(rows)
+        else:
+            output = self._model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False)
+            logits = output.logits[rows.action_rows, rows.action_columns - 1]
+        distributions = token_distributions(precise(logits.detach()) / self._temperature, tokens)
+        return _chosen(logits, tokens, self._temperature), distributions
 
     def _asked(self, rows: PackedRows, question: Question) -> Tensor:
         self._question = question

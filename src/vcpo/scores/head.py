@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from vcpo.errors import VcpoError
 from vcpo.scores.layout import precise
+from vcpo.scores.proxies import token_distributions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -66,6 +67,10 @@ class Question:
     version: int = 0
     """Of weight and bias in the call (:func:`version_of`); noted by a tape, as a compiler would make it a
     constant."""
+    wants_distributions: bool = False
+    """Whether entropy and energy of each token's distribution are asked for too."""
+    distributions: Float[Tensor, "2 N"] | None = None
+    """The answer to that."""
     of_activations_only: bool = False
     """The backward pass shall leave out the gradients of weight and bias; autograd does not tell it."""
 
@@ -85,7 +90,7 @@ class LogProbHead(nn.Linear):
             return super().forward(input)
         hidden, weight, bias = _as_autocast_would(input, self.weight, self.bias)
         question.number_type = hidden.dtype
-        log_probs, question.log_normalisers = _LogProbs.apply(
+        log_probs, question.log_normalisers, question.distributions = _LogProbs.apply(
             hidden, weight, bias, question, torch.is_grad_enabled()
         )
         return log_probs
@@ -100,13 +105,14 @@ def _as_autocast_would(hidden: Tensor, *parameters: Tensor | None) -> tuple[Any,
 
 
 class _LogProbs(torch.autograd.Function):
-    """(hidden, weight, bias) to (log-probabilities, their normalisers)."""
+    """(hidden, weight, bias) to (log-probabilities, their normalisers, their distributions)."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, question: Question, graded: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         found = precise(hidden[:0]).new_empty(2, len(hidden))
+        distributions = found.new_empty(2, len(hidden) if question.wants_distributions else 0)
         directions = torch.empty_like(hidden) if graded and ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _parts(len(hidden), len(weight), question.budget):
@@ -115,18 +121,20 @@ class _LogProbs(torch.autograd.Function):
                 tokens, normalisers = question.tokens[part], logits.logsumexp(-1)
                 found[0, part] = logits.gather(-1, tokens[:, None])[:, 0] - normalisers
                 found[1, part] = normalisers
+                if question.wants_distributions:
+                    distributions[:, part] = token_distributions(logits, tokens)
                 if directions is not None:
                     e = _surprises(logits, normalisers, tokens).mul_(slope)
                     torch.mm(e.to(hidden.dtype), weight, out=directions[part])
         log_probs, normalisers = found[0].clone(), found[1].clone()
         ctx.save_for_backward(hidden, weight, bias, normalisers, directions)
         ctx.question = question
-        ctx.mark_non_differentiable(normalisers)
-        return log_probs, normalisers
+        ctx.mark_non_differentiable(normalisers, distributions)
+        return log_probs, normalisers, distributions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, normalisers, directions = ctx.saved_tensors
         question: Question = ctx.question
         of_hidden = None if directions is None else (grad[:, None] * directions).to(hidden.dtype)

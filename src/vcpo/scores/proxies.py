@@ -80,6 +80,25 @@ def logit_energies(
     return precise(normalisers).square() * energies
 
 
+@torch.no_grad()
+def token_distributions(
+    logits: Float[Tensor, "N V"], chosen: Int[Tensor, " N"], *, budget: int = BUDGET
+) -> Float[Tensor, "2 N"]:
+    """Entropy −Σ_v π log π in nats, and energy 1 − 2 π(y) + Σ_v π², of the distribution of each token.
+
+    ``logits`` are those the token ``chosen`` was sampled from, in any precision; the work is done in float32
+    or better, a piece at a time as in :func:`logit_energies`. No gradient.
+    """
+    found = precise(logits[:0]).new_empty(2, len(logits))
+    rows = max(1, budget // max(logits.shape[-1], 1))
+    for begin in range(0, len(logits), rows):
+        part = slice(begin, begin + rows)
+        log_probs = precise(logits[part]).log_softmax(-1)
+        found[0, part] = torch.special.entr(log_probs.exp()).sum(-1)
+        found[1, part] = _token_energies(logits[part], chosen[part])
+    return found
+
+
 def _token_energies(logits: Float[Tensor, "n V"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """1 − 2 π(y) + Σ π² as (Σ_{v≠y} π)² + Σ_{v≠y} π².
 
