@@ -21,7 +21,8 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "cli": Room(7),
+    "cli": Room(8),
+    "compare": Room(7),
     "runtime": Room(6),
     "pipeline": Room(5),
     "environments": Room(4, "samples"),
@@ -102,6 +103,8 @@ def test_nothing_imports_from_above_or_across() -> None:
         ("vcpo.environments.maze", "from vcpo.samplers.protocol import Sampler", False),
         ("vcpo.learner.learner", "from vcpo.samplers import protocol", True),
         ("vcpo.pipeline.controller", "from vcpo import runtime", True),
+        ("vcpo.runtime.local", "from vcpo.compare import grid", True),
+        ("vcpo.cli", "from vcpo.compare.command import compare", False),
         ("vcpo.pipeline.build", "from vcpo import __version__", False),
         ("vcpo.weights", "from vcpo.policy.loading import load_policy", True),
         ("vcpo.monitor.report", "from vcpo.algorithms import catalog", True),

@@ -26,6 +26,9 @@ OVERRIDABLE = {
 INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended; typer returns it for a KeyboardInterrupt."""
 
+LOG_WIDTH = 160
+"""Columns of a table that is printed to a file."""
+
 
 class StoppedError(VcpoError):
     """A run that was asked to stop before its end, and did so in order."""
@@ -57,6 +60,7 @@ def vcpo(context: typer.Context) -> None:
     vcpo train --dry-run        what that would do, and what it needs
     vcpo config                 every setting, its value and its meaning
     vcpo report RUN             the report of a run, as a web page in one file
+    vcpo compare RECIPE ...     methods against each other, over lags and seeds
     vcpo COMMAND --help         more about a command
     """
     if context.invoked_subcommand is None:
@@ -207,6 +211,44 @@ def serve(
         raise ConfigError("name a model: vcpo serve PATH_OR_HUB_ID")
     config = load_config(None, [*overrides, "--sampler.kind", "vllm", "--model.name", model])
     raise typer.Exit(serve_in_front(config, host, port))
+
+
+@app.command(context_settings=OVERRIDABLE)
+def compare(
+    context: typer.Context,
+    methods: Annotated[str, typer.Option(help="Algorithms, by comma; their own settings in [...].")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs and results go.")],
+    arguments: RecipeAndSettings = None,
+    lags: Annotated[str, typer.Option(help="Policy lags, by comma.")] = "0",
+    seeds: Annotated[str, typer.Option(help="4 for seeds 0 to 3, 10-14, or 3,7.")] = "4",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: as many as cores.")] = None,
+) -> None:
+    """Compare methods over lags and seeds.
+
+    Every method is run at every lag with every seed, in exact mode, each run in a process of its own. Runs
+    that are in FOLDER already are not repeated: the same command goes on after a stop. FOLDER gets
+    results.jsonl, table.md and compare.html.
+
+    \b
+    vcpo compare maze --methods vcpo,grpo --lags 0,16,64 --seeds 4 --out comparison
+    vcpo compare sort --methods "vcpo,vcpo[learner.learning_rate=4e-4],tis" --lags 64 --seeds 10-14 --out b
+    vcpo compare my.toml --methods vcpo,tis --lags 8 --out c --pipeline.steps 300 --jobs 4
+    """
+    from rich.console import Console
+
+    from vcpo.compare.command import Grid
+    from vcpo.compare.command import compare as run
+    from vcpo.config import default_recipe
+
+    recipe, overrides = _split(context, arguments)
+    recipe = recipe or default_recipe(overrides)
+    console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
+    outcome = run(Grid(recipe, overrides, methods, lags, seeds, out, jobs), console)
+    typer.echo(outcome.text)
+    if outcome.interrupted:
+        raise StoppedError("interrupted; to go on, give the same command again")
+    if outcome.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -114,17 +114,37 @@ def _kl_high(rows: Sequence[Row]) -> Iterator[Finding]:
         )
 
 
-def _reward_fell(rows: Sequence[Row]) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class Fall:
+    """A reward that was lost and not found again."""
+
+    best: float
+    best_step: int
+    last: float
+    step: int
+    """From here on the smoothed reward stayed below the bound."""
+
+
+def reward_fall(rows: Sequence[Row]) -> Fall | None:
+    """The fall of the smoothed training reward, if it ends below (1 − REWARD_LOST) of its best."""
     steps, rewards = series(rows, "reward")
     smooth = ema(rewards, REWARD_HALF_LIFE)
     settled = range(EARLY_STEPS, len(smooth))  # the first averages are of too few steps to be a best
     best = max(settled, key=lambda i: smooth[i], default=None)
     if best is None or smooth[best] < REWARD_FLOOR:
-        return
-    if smooth[-1] < (1 - REWARD_LOST) * smooth[best]:
+        return None
+    bound = (1 - REWARD_LOST) * smooth[best]
+    if smooth[-1] >= bound:
+        return None
+    last_above = max(i for i in settled if smooth[i] >= bound)
+    return Fall(smooth[best], steps[best], smooth[-1], steps[last_above + 1])
+
+
+def _reward_fell(rows: Sequence[Row]) -> Iterator[Finding]:
+    if fall := reward_fall(rows):
         yield Finding(
             "critical",
-            f"The reward fell from {smooth[best]:.2f} at step {steps[best]} to {smooth[-1]:.2f} at the end.",
+            f"The reward fell from {fall.best:.2f} at step {fall.best_step} to {fall.last:.2f} at the end.",
             "Resume from a checkpoint before the fall with a lower learning rate or a smaller lag.",
         )
 

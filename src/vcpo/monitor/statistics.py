@@ -41,6 +41,52 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     return low, high
 
 
+def student_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t with ``freedom`` degrees, for 0.5 <= probability < 1.
+
+    The distribution function has a closed form for whole degrees of freedom ν, in θ = atan(t / sqrt(ν))
+    (Abramowitz & Stegun 26.7.3 and 26.7.4), which rises in θ and is solved by bisection.
+    """
+    if not (0.5 <= probability < 1 and freedom >= 1):
+        raise VcpoError(f"no quantile {probability} of Student's t with {freedom} degrees of freedom")
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (1 + _within(middle, freedom)) / 2 < probability
+        low, high = (middle, high) if below else (low, middle)
+    return math.sqrt(freedom) * math.tan((low + high) / 2)
+
+
+def _within(theta: float, freedom: int) -> float:
+    """Probability of |t| <= sqrt(ν) tan θ."""
+    cosine, sine = math.cos(theta), math.sin(theta)
+    odd = freedom % 2
+    term = total = cosine if odd else 1.0
+    for k in range(2 + odd, freedom, 2):  # factors (k − 1) / k of cos²θ
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    if not odd:
+        return sine * total
+    return 2 / math.pi * (theta + (sine * total if freedom > 1 else 0.0))
+
+
+def student_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the mean of normal values with unknown variance.
+
+    mean ± t · s / sqrt(n), with the sample deviation s and the quantile t of Student's t of n − 1 degrees
+    (Student 1908). A single value says nothing about its spread: it is returned twice. Raises
+    :class:`VcpoError` for no value.
+    """
+    if not values:
+        raise VcpoError("no interval of no values")
+    centre, n = math.fsum(values) / len(values), len(values)
+    if n == 1:
+        return centre, centre
+    deviation = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1))
+    half = student_quantile(0.5 + confidence / 2, n - 1) * deviation / math.sqrt(n)
+    return centre - half, centre + half
+
+
 def ema(values: Sequence[float], half_life: float) -> list[float]:
     """Exponential moving average, free of start-up bias.
 

@@ -1,0 +1,144 @@
+"""What became of each run of a comparison: one row a run, and their means over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vcpo.compare.grid import OF_THE_GRID, Cell, differences
+from vcpo.config import Config
+from vcpo.errors import CheckpointError
+from vcpo.monitor.collapse import find_collapse
+from vcpo.monitor.report import Run, load_run
+from vcpo.monitor.sinks import write_atomically
+from vcpo.monitor.statistics import Row, student_interval
+
+RESULTS_FILE = "results.jsonl"
+COMPLETED, FAILED, UNFINISHED = "completed", "failed", "unfinished"
+
+_FIGURES = {
+    "accuracy_before": "accuracy_before",
+    "accuracy_after": "accuracy_after",
+    "greedy_accuracy_before": "greedy_accuracy_before",
+    "greedy_accuracy_after": "greedy_accuracy_after",
+    "held_out_problems": "held_out_problems",
+    "reward_before": "accuracy_before_reward",
+    "reward_after": "accuracy_after_reward",
+    "ess_ratio_mean": "ess_ratio_mean",
+    "step_scale_mean": "step_scale_mean",
+    "steps": "steps",
+    "tokens": "tokens",
+    "wall_seconds": "wall_seconds",
+}
+"""Key of a row, and of summary.json. Rewards are those of the sampled evaluations."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of the grid, and what came of it."""
+
+    cell: Cell
+    status: str
+    """completed, failed, or unfinished (not begun, or stopped before its end)."""
+    error: str | None
+    summary: Mapping[str, Any]
+    """As in summary.json; of a run that did not end, what is known."""
+    rows: Sequence[Row]
+    """metrics.jsonl."""
+    collapsed_at: int | None
+    """Step of the collapse."""
+
+    def figure(self, key: str) -> Any:
+        """A value of the row; None if it is not known."""
+        return self.summary.get(_FIGURES[key])
+
+    def row(self, recipe: Config) -> dict[str, Any]:
+        """The line of results.jsonl."""
+        changed = differences(recipe, self.cell.config)
+        return {
+            "run": self.cell.name,
+            "method": self.cell.method,
+            "lag": self.cell.lag,
+            "seed": self.cell.seed,
+            "control_of": self.cell.control_of or None,
+            "overrides": {k: v for k, v in changed.items() if k == "algorithm.name" or k not in OF_THE_GRID},
+            "status": self.status,
+            "error": self.error,
+            **{key: self.figure(key) for key in _FIGURES},
+            "collapsed": self.collapsed_at is not None,
+            "collapsed_at": self.collapsed_at,
+        }
+
+
+def result_of(cell: Cell, error: str | None = None) -> Result:
+    """Read a run's folder, whatever is in it; ``error`` is why the run failed."""
+    try:
+        run = load_run(cell.folder)
+    except CheckpointError:  # it has no metrics yet
+        run = Run(cell.folder, (), {}, finished=False, config="")
+    status = FAILED if error is not None else COMPLETED if run.finished else UNFINISHED
+    summary = run.summary
+    step = find_collapse(
+        run.rows,
+        before=summary.get("accuracy_before"),
+        after=summary.get("accuracy_after"),
+        problems=summary.get("held_out_problems", 0),
+    )
+    return Result(cell, status, error, summary, run.rows, step)
+
+
+def write_results(results: Iterable[Result], recipe: Config, out: Path) -> Path:
+    """Write results.jsonl whole."""
+    path = out / RESULTS_FILE
+    write_atomically(path, "".join(json.dumps(result.row(recipe)) + "\n" for result in results))
+    return path
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over seeds."""
+
+    value: float
+    low: float
+    high: float
+    """95 % interval by Student's t; the value itself of one seed."""
+    each: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one method at one lag."""
+
+    method: str
+    lag: int
+    results: Sequence[Result]
+
+    def count(self, status: str) -> int:
+        return sum(result.status == status for result in self.results)
+
+    @property
+    def collapses(self) -> int:
+        return sum(result.collapsed_at is not None for result in self.results)
+
+    def mean(self, key: str) -> Mean | None:
+        """Of the completed runs; None if there is none."""
+        found = (result.figure(key) for result in self.results if result.status == COMPLETED)
+        values = [value for value in found if value is not None]
+        if not values:
+            return None
+        low, high = student_interval(values)
+        return Mean(fmean(values), low, high, values)
+
+
+def summarise(results: Iterable[Result]) -> list[Summary]:
+    """Results by lag and method: lags rise, methods stay in the grid's order."""
+    groups: dict[tuple[int, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.cell.lag, result.cell.method), []).append(result)
+    methods = list(dict.fromkeys(method for _, method in groups))
+    ordered = sorted(groups, key=lambda key: (key[0], methods.index(key[1])))
+    return [Summary(method, lag, groups[lag, method]) for lag, method in ordered]
