@@ -222,6 +222,7 @@ def compare(
     lags: Annotated[str, typer.Option(help="Policy lags, by comma.")] = "0",
     seeds: Annotated[str, typer.Option(help="4 for seeds 0 to 3, 10-14, or 3,7.")] = "4",
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: as many as cores.")] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Control runs after the grid.")] = False,
 ) -> None:
     """Compare methods over lags and seeds.
 
@@ -233,6 +234,10 @@ def compare(
     vcpo compare maze --methods vcpo,grpo --lags 0,16,64 --seeds 4 --out comparison
     vcpo compare sort --methods "vcpo,vcpo[learner.learning_rate=4e-4],tis" --lags 64 --seeds 10-14 --out b
     vcpo compare my.toml --methods vcpo,tis --lags 8 --out c --pipeline.steps 300 --jobs 4
+
+    With --controls, each run whose steps are scaled by the ESS ratio is followed by the same at the constant
+    rate that is its mean and by the same with its factors permuted, and each run with the optimal baseline by
+    the same with baseline zero.
     """
     from rich.console import Console
 
@@ -243,7 +248,7 @@ def compare(
     recipe, overrides = _split(context, arguments)
     recipe = recipe or default_recipe(overrides)
     console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
-    outcome = run(Grid(recipe, overrides, methods, lags, seeds, out, jobs), console)
+    outcome = run(Grid(recipe, overrides, methods, lags, seeds, out, jobs, controls), console)
     typer.echo(outcome.text)
     if outcome.interrupted:
         raise StoppedError("interrupted; to go on, give the same command again")

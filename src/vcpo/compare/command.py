@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vcpo.compare.children import Metrics, is_finished, run_cells
+from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import (
     Cell,
     make_grid,
@@ -44,6 +45,8 @@ class Grid:
     out: Path
     jobs: int | None = None
     """None: as many as there are cores."""
+    controls: bool = False
+    """Whether the controls of :mod:`vcpo.compare.controls` follow."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,10 @@ def compare(grid: Grid, console: Console) -> Outcome:
     cells = make_grid(base, methods, lags, seeds, grid.out)
     with _locked(grid.out) as lock, _sigterm_is_an_interrupt():
         comparison = _Comparison(recipe, grid, console, lock)
-        interrupted = not comparison.run("comparison", cells)
-        return comparison.finish(interrupted)
+        completed = comparison.run("comparison", cells)
+        if completed and grid.controls:
+            completed = comparison.run_controls()
+        return comparison.finish(interrupted=not completed)
 
 
 class _Comparison:
@@ -114,6 +119,12 @@ class _Comparison:
                 return False
         return True
 
+    def run_controls(self) -> bool:
+        """Run the controls of all that is there; false if interrupted."""
+        controls, impossible = make_controls(list(self._results.values()), self._out)
+        self._results |= {result.cell.name: result for result in impossible}
+        return self.run("controls", controls)
+
     def has_ended(self, cell: Cell) -> bool:
         return self._results[cell.name].status in (COMPLETED, FAILED)
 
@@ -128,7 +139,7 @@ class _Comparison:
         write_results(results, self._recipe, self._out)
         write_table(summarise(results), self._out)
 
-    def finish(self, interrupted: bool) -> Outcome:
+    def finish(self, *, interrupted: bool) -> Outcome:
         self._write()
         results = list(self._results.values())
         self._console.print(rich_table(summarise(results)))

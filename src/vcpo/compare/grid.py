@@ -172,7 +172,7 @@ def make_grid(
 def make_cell(
     base: Config,
     label: str,
-    settings: Iterable[tuple[str, str]],
+    settings: Iterable[tuple[str, object]],
     lag: int,
     seed: int,
     out: Path,
@@ -211,6 +211,8 @@ def without_duplicates(cells: Iterable[Cell]) -> list[Cell]:
 def identity(config: Config) -> str:
     """Equal for configs of the same run: all settings but its name, its place, and how it is run."""
     settings = config.model_dump(mode="json", exclude={"run": {"name", "folder"}, "runtime": True})
+    # A control's file is the same one wherever the command is given.
+    settings["algorithm"]["step_scales"] = Path(config.algorithm.step_scales).name
     return json.dumps(settings, sort_keys=True)
 
 

@@ -52,6 +52,11 @@ class Result:
     collapsed_at: int | None
     """Step of the collapse."""
 
+    @staticmethod
+    def without_run(cell: Cell, error: str) -> Result:
+        """Of a run that could not be made."""
+        return Result(cell, FAILED, error, {}, (), None)
+
     def figure(self, key: str) -> Any:
         """A value of the row; None if it is not known."""
         return self.summary.get(_FIGURES[key])

@@ -185,6 +185,8 @@ class AlgorithmConfig(Section):
     """How the ESS ratio scales the step; unset: the algorithm's own."""
     ess_weights: Literal["sequence", "used"] | None = None
     """The ESS is of untruncated sequence weights, or of the weights used; unset: the algorithm's own."""
+    step_scales: str = ""
+    """File with one factor a step (JSON list), used in place of the step rule; empty: none."""
 
 
 class SamplerConfig(Section):

@@ -56,10 +56,12 @@ class Learner:
         *,
         temperature: float = 1.0,
         longest_answer: int = 0,
+        step_scales: Sequence[float] | None = None,
     ) -> None:
         """``temperature``: the policy is softmax(logits / temperature), as the sampler samples it.
-        ``longest_answer``: sampled tokens an episode may have, for algorithms that punish overlong ones."""
-        self.policy, self.algorithm = policy, algorithm
+        ``longest_answer``: sampled tokens an episode may have, for algorithms that punish overlong ones.
+        ``step_scales``: the factor of every step, in place of what the algorithm makes of the ESS ratio."""
+        self.policy, self.algorithm, self._step_scales = policy, algorithm, step_scales
         self._on_policy_ratio, self._longest_answer = on_policy_ratio, longest_answer
         self.critic = Critic(policy, config) if algorithm.needs_values else None
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
@@ -96,7 +98,11 @@ class Learner:
         parts = [self._accumulator.add(unit, batch) for unit in self._accumulator.units(batch)]
         evidence = StepEvidence.of(parts)
         on_policy_ratio = self._on_policy_ratio_of(batch)
-        scale = float(self.algorithm.scale(evidence.ess_ratio(self.algorithm.ess_weights), on_policy_ratio))
+        if self._step_scales is None:
+            ess_ratio = evidence.ess_ratio(self.algorithm.ess_weights)
+            scale = float(self.algorithm.scale(ess_ratio, on_policy_ratio))
+        else:
+            scale = self._step_scales[version]
         grad_norm = self.optimizer.clip()
         learning_rate = self.optimizer.step(scale)
         if self.critic is not None:

@@ -34,6 +34,7 @@ from vcpo.pipeline.cache import cache_folder
 from vcpo.pipeline.calibration import find_calibration
 from vcpo.pipeline.engines import Speaker
 from vcpo.pipeline.rollout import RolloutLoop
+from vcpo.pipeline.step_scales import read_step_scales
 from vcpo.policy.loading import Policy, load_policy, small_policy
 from vcpo.samplers.protocol import Completer
 from vcpo.trajectory import NOT_SAMPLED, Trajectory
@@ -89,8 +90,15 @@ def build_learner(config: Config, policy: Policy, run_folder: Path | None = None
     if ratio == "calibrated":
         ratio = find_calibration(config, run_folder).on_policy_ratio
     algorithm, temperature = algorithm_of(config), config.sampler.temperature
-    longest = config.environment.max_tokens
-    return Learner(policy, algorithm, config.learner, ratio, temperature=temperature, longest_answer=longest)
+    return Learner(
+        policy,
+        algorithm,
+        config.learner,
+        ratio,
+        temperature=temperature,
+        longest_answer=config.environment.max_tokens,
+        step_scales=read_step_scales(config),
+    )
 
 
 def build_rollout_loop(config: Config, speaker: Speaker, sampler: Completer) -> RolloutLoop:

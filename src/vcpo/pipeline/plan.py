@@ -14,6 +14,7 @@ from vcpo.pipeline.build import algorithm_of, build_environment, small_alphabet
 from vcpo.pipeline.calibration import find_calibration
 from vcpo.pipeline.engines import check_engine
 from vcpo.pipeline.session import window_width
+from vcpo.pipeline.step_scales import read_step_scales
 from vcpo.pipeline.window import lag_bound
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -41,6 +42,7 @@ class ModelSize:
 def plan_text(config: Config, run_folder: Path | None = None) -> str:
     """The resolved plan for people: processes, memory, tokens, bounds. ``run_folder``: of a run to resume."""
     check_engine(config)
+    read_step_scales(config)
     _go_offline_if_the_hub_is_silent(config)
     size = _size_if_reachable(config)
     rows = [

@@ -1,0 +1,72 @@
+"""Controls: what of a method's result is due to its step scale, and what to its baseline.
+
+For a run whose steps are scaled by the ESS ratio, with the same seed and lag:
+
+- ``METHOD+constant-lr``: steps unscaled, at the constant rate η · (mean step scale of that run). If it does
+  as well, the scaling did no more than lower the learning rate.
+- ``METHOD+permuted``: the factors of that very run, in random order. If it does as well, it does not matter
+  when steps are shortened.
+
+For a run with the optimal baseline: ``METHOD+zero-baseline``, the same with b = 0.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from vcpo.compare.grid import Cell, identity, make_cell
+from vcpo.compare.results import COMPLETED, Result
+from vcpo.monitor.sinks import write_atomically
+from vcpo.monitor.statistics import series
+from vcpo.pipeline.build import algorithm_of
+
+CONTROLS_FOLDER = "controls"
+
+Settings = tuple[tuple[str, object], ...]
+
+
+def make_controls(results: Sequence[Result], out: Path) -> tuple[list[Cell], list[Result]]:
+    """The control runs of a finished grid, and results of those that cannot be: their run failed.
+
+    A control that is a run of the grid itself is left out. Writes the permuted factors below ``out``.
+    """
+    known = {identity(result.cell.config) for result in results}
+    cells, impossible = [], []
+    for result in results:
+        cell = result.cell
+        for suffix, settings in _controls(result, out):
+            label = f"{cell.method}+{suffix}"
+            control = make_cell(cell.config, label, settings, cell.lag, cell.seed, out, cell.name)
+            if result.status != COMPLETED:
+                reason = f"{cell.name} was not completed: there is nothing to control"
+                impossible.append(Result.without_run(control, reason))
+            elif identity(control.config) not in known:
+                cells.append(control)
+    return cells, impossible
+
+
+def _controls(result: Result, out: Path) -> Iterator[tuple[str, Settings]]:
+    """Suffix of the label and settings of each control; without figures if the run was not completed."""
+    config, done = result.cell.config, result.status == COMPLETED
+    algorithm = algorithm_of(config)
+    scales = series(result.rows, "step_scale")[1]
+    if algorithm.step_rule != "off" and not config.algorithm.step_scales:
+        rate = config.learner.learning_rate * fmean(scales) if done else config.learner.learning_rate
+        yield "constant-lr", (("algorithm.step_scale", "off"), ("learner.learning_rate", rate))
+        factors = write_permuted(scales, result.cell, out) if done else ""
+        yield "permuted", (("algorithm.step_scales", factors),)
+    if algorithm.baseline.needs_score_norms:
+        yield "zero-baseline", (("algorithm.baseline", "zero"),)
+
+
+def write_permuted(scales: Sequence[float], cell: Cell, out: Path) -> Path:
+    """The factors of a run in an order that its seed decides, as a file for ``algorithm.step_scales``."""
+    path = out / CONTROLS_FOLDER / f"{cell.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    permuted = random.Random(cell.seed).sample(scales, len(scales))
+    write_atomically(path, json.dumps(permuted) + "\n")
+    return path
