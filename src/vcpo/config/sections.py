@@ -261,6 +261,8 @@ class LearnerConfig(Section):
     """The most logits (tokens times vocabulary) that exist at once; more are computed in pieces."""
     score_norms: Literal["sketched", "exact"] = "sketched"
     """Score norms of the optimal baseline: from random projections where that is cheaper, or exact."""
+    mask_off_policy_prefix: bool = False
+    """Train only on what the newest version in a trajectory sampled; older tokens of it stay as context."""
     checkpoint_every: NonNegativeInt = 100
     """Steps between checkpoints; 0: only at the end."""
 

@@ -64,6 +64,7 @@ class Learner:
         self.policy, self.algorithm, self._step_scales = policy, algorithm, step_scales
         self._on_policy_ratio, self._longest_answer = on_policy_ratio, longest_answer
         self.critic = Critic(policy, config) if algorithm.needs_values else None
+        self._masks_prefix = config.mask_off_policy_prefix
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
         packed = keeps_packed_apart(policy.model)
         if not packed:
@@ -91,7 +92,13 @@ class Learner:
         """Train on ``groups`` once and return the step's metrics (``monitor.glossary`` explains them)."""
         begun = time.perf_counter()
         version = self.version
-        batch = Minibatch.of(groups, self.algorithm, version=version, longest_answer=self._longest_answer)
+        batch = Minibatch.of(
+            groups,
+            self.algorithm,
+            version=version,
+            longest_answer=self._longest_answer,
+            mask_off_policy_prefix=self._masks_prefix,
+        )
         self.optimizer.zero_grad()
         if self.critic is not None:
             self.critic.optimizer.zero_grad()
@@ -116,6 +123,7 @@ class Learner:
             **evidence.metrics(),
             **(critic_metrics(parts) if self.critic is not None else {}),
             **group_metrics(groups, version),
+            **({"masked_tokens": batch.masked_tokens} if self._masks_prefix else {}),
             "seconds_training": time.perf_counter() - begun,
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Minibatch:
     """[B] float32, as the algorithm shapes them."""
     version: int = 0
     """The learner's, before the step."""
+    masked_tokens: int = 0
+    """Sampled tokens that were taken out of the loss as off-policy prefixes."""
 
     @property
     def action_tokens(self) -> int:
@@ -34,29 +36,53 @@ class Minibatch:
 
     @staticmethod
     def of(
-        groups: Sequence[Group], algorithm: Algorithm, *, version: int = 0, longest_answer: int = 0
+        groups: Sequence[Group],
+        algorithm: Algorithm,
+        *,
+        version: int = 0,
+        longest_answer: int = 0,
+        mask_off_policy_prefix: bool = False,
     ) -> Minibatch:
         """``longest_answer``: sampled tokens an episode may have, for algorithms that punish overlong ones.
+        ``mask_off_policy_prefix``: of each trajectory only what its newest version sampled is trained on
+        (:func:`without_off_policy_prefix`); weights, ESS and normalisers are of these tokens too.
 
         Raises VcpoError if there is no group, or a trajectory begins with a sampled token.
         """
         if not groups:
             raise VcpoError("a step needs at least one group")
-        trajectories = [t for g in groups for t in g.trajectories]
+        whole = [t for g in groups for t in g.trajectories]
+        trajectories = [without_off_policy_prefix(t) for t in whole] if mask_off_policy_prefix else whole
         for i, t in enumerate(trajectories):
             if t.action_mask[:1].any():
                 raise VcpoError(
                     f"trajectory {i} begins with a sampled token: an episode must observe a prompt first"
                 )
+        lengths = torch.tensor([t.action_count for t in whole])
         counts = torch.tensor([t.action_count for t in trajectories])
         rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float32)
         return Minibatch(
             trajectories=trajectories,
             groups=[g for g, group in enumerate(groups) for _ in group.trajectories],
             normalisers=algorithm.normalisers(counts),
-            rewards=algorithm.shaped_rewards(rewards, counts, longest_answer),
+            rewards=algorithm.shaped_rewards(rewards, lengths, longest_answer),
             version=version,
+            masked_tokens=int(lengths.sum() - counts.sum()),
         )
+
+
+def without_off_policy_prefix(trajectory: Trajectory) -> Trajectory:
+    """The trajectory with the tokens out of its action mask that an older version sampled than its newest.
+
+    What Slime does with partial rollouts (``mask_offpolicy_in_partial_rollout``): the prefix conditions the
+    rest and is not trained on itself. A trajectory of a single version is returned as it is.
+    """
+    mask = trajectory.action_mask
+    if not mask.any():
+        return trajectory
+    newest = trajectory.versions[mask].max()
+    kept = mask & (trajectory.versions == newest)
+    return trajectory if kept.sum() == mask.sum() else replace(trajectory, action_mask=kept)
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,14 @@ _METRICS = (
         "Steady; it equals the response length times the number of trajectories.",
     ),
     Metric(
+        "masked_tokens",
+        "data",
+        "tokens",
+        "Sampled tokens that an older version than their trajectory's newest sampled, and that are therefore "
+        "not trained on; only with learner.mask_off_policy_prefix.",
+        "A small part of action_tokens (which count them); most of them: weights change too often.",
+    ),
+    Metric(
         "response_length",
         "data",
         "tokens",
