@@ -118,6 +118,12 @@ class Group:
         return b"".join(parts)
 
     @staticmethod
+    def outline_of(data: bytes) -> tuple[list[float], int]:
+        """Rewards of a record's trajectories, and how many tokens they have: from the header alone."""
+        members = json.loads(data.partition(b"\n")[0])["trajectories"]
+        return [t["reward"] for t in members], sum(t["length"] for t in members)
+
+    @staticmethod
     def from_bytes(data: bytes) -> Group:
         """Inverse of :meth:`to_bytes`."""
         line, _, body = data.partition(b"\n")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from vcpo.config import Config, load_config
 from vcpo.errors import CheckpointError, NonFiniteError, PublicationError, WorkerError
 from vcpo.monitor.progress import SilentProgress
 from vcpo.monitor.sinks import MetricsWriter, read_metrics
-from vcpo.pipeline.controller import Arrivals, Controller, Publication, StepResult
-from vcpo.pipeline.journal import Journal
+from vcpo.pipeline.controller import Arrivals, Begun, Controller, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
-from vcpo.pipeline.window import Window, lag_bound
+from vcpo.pipeline.run_folder import RunFolder
+from vcpo.pipeline.session import Parts, make_controller
+from vcpo.pipeline.window import lag_bound
 
 
 def config_of(**settings: Any) -> Config:
@@ -92,6 +93,8 @@ class FakeSampler:
         """Groups that never finish."""
         self.checksum: str | None = None
         """A wrong answer."""
+        self.barren: Callable[[int], bool] = lambda number: False
+        """Groups whose two rewards are equal."""
 
     def publish(self, publication: Publication) -> Awaitable[str]:
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -119,6 +122,8 @@ class FakeSampler:
 
     async def _play(self, order: GroupOrder) -> None:
         record = {"number": order.index, "served": self.served, "admitted": order.version, "by": self.name}
+        rewards = (1, 1) if self.barren(order.index) else (0, 1)
+        record["trajectories"] = [{"length": 3 + order.index, "reward": reward} for reward in rewards]
         await self._idle(self.slowest)
         if order.index not in self.lost:
             self._arrivals.put_nowait((self.name, order.index, json.dumps(record).encode()))
@@ -146,25 +151,24 @@ class Rig:
         seed: int = 0,
         version: int = 0,
         position: dict[str, Any] | None = None,
+        barren: Callable[[int], bool] = lambda number: False,
     ) -> Rig:
         """``version`` and ``position`` resume a run."""
         arrivals: Arrivals = asyncio.Queue()
         fakes = [FakeSampler(f"sampler-{i}", arrivals, seed + i) for i in range(samplers)]
+        for fake in fakes:
+            fake.barren = barren
         learner = FakeLearner(turns=seed % 5, version=version)
-        pipeline = config.pipeline
-        journal = Journal(folder / "journal.sqlite")
-        journal.rewind(version)
-        controller = Controller(
-            config=config,
+        parts = Parts(
             learner=learner,
             samplers=fakes,
             arrivals=arrivals,
-            journal=journal,
-            writer=MetricsWriter(folder, resume_step=version),
-            progress=SilentProgress(),
-            window=Window(pipeline.prompts, pipeline.lag, pipeline.window, **(position or {})),
-            version=version,
+            begun=Begun(version, "", position or {}, 0),
+            initial=publication_of(version),
+            begun_at=0.0,
         )
+        writer = MetricsWriter(folder, resume_step=version)
+        controller = make_controller(config, RunFolder(folder), parts, writer, SilentProgress())
         return Rig(controller, learner, fakes, folder)
 
     async def run(self) -> bool:

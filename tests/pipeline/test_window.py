@@ -28,6 +28,9 @@ class Simulation:
     window: Window
     meanwhile: int = 0
     """How many groups finish while a step runs."""
+    barren: Callable[[int], bool] = lambda number: False
+    """Which groups are skipped when they are finished."""
+    skipped: list[int] = field(default_factory=list)
     version: int = 0
     admitted_at: dict[int, int] = field(default_factory=dict)
     lags: dict[int, int] = field(default_factory=dict)
@@ -57,6 +60,10 @@ class Simulation:
     def finish(self, number: int) -> None:
         self.generating.remove(number)
         self.window.finish(number)
+        if self.barren(number):
+            self.window.skip(number)
+            self.skipped.append(number)
+            self.admit()
 
     def train(self, taken: list[int]) -> None:
         """The lag is measured with the version at taking."""
@@ -117,6 +124,31 @@ def test_no_random_schedule_exceeds_the_bound_or_loses_a_group(
     assert len(done.lags) == steps * prompts
     assert len(done.admitted_at) - len(done.lags) == done.window.active
     assert sorted(done.admitted_at) == list(range(len(done.admitted_at)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=shapes,
+    order=st.randoms(use_true_random=False),
+    steps=st.integers(1, 20),
+    meanwhile=st.integers(0, 8),
+    barren=st.sets(st.integers(0, 80), max_size=60),
+)
+def test_skipping_keeps_the_bound_and_every_group_is_trained_or_skipped(
+    shape: tuple[int, int, int], order: random.Random, steps: int, meanwhile: int, barren: set[int]
+) -> None:
+    prompts, lag, width = shape
+    done = Simulation.of(*shape, lambda generating: order.choice(list(generating)))
+    done.meanwhile, done.barren = meanwhile, barren.__contains__
+    done.run(steps)
+    assert done.greatest_lag <= lag_bound(lag, width, prompts)
+    assert len(done.lags) == steps * prompts
+    assert not set(done.lags) & barren
+    assert set(done.skipped) <= barren
+    ended = sorted([*done.lags, *done.skipped])
+    assert len(set(ended)) == len(ended)
+    position = done.window.position()
+    assert ended == [*range(position["anchor"]), *position["trained"]]  # pyright: ignore
 
 
 @settings(max_examples=150, deadline=None)
@@ -272,5 +304,7 @@ def test_misuse_is_refused() -> None:
     assert window.take() == [0]
     with pytest.raises(ValueError, match="group 0 is not being generated"):
         window.finish(0)
+    with pytest.raises(ValueError, match="group 0 is not waiting for a step"):
+        window.skip(0)
     with pytest.raises(ValueError, match="the step before is not complete"):
         window.take()

@@ -280,6 +280,8 @@ class PipelineConfig(Section):
     """Rollouts of one prompt."""
     steps: int = Field(default=600, ge=1, le=10**9)
     """Optimizer steps."""
+    dynamic_sampling: bool = False
+    """Skip groups whose rewards are all equal, and play others in their place."""
 
 
 class EvaluationConfig(Section):

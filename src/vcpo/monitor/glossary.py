@@ -236,6 +236,20 @@ _METRICS = (
         "Above 0.8 most rollouts are wasted: choose harder or easier problems.",
     ),
     Metric(
+        "skipped_groups",
+        "data",
+        "groups",
+        "Groups with equal rewards that were skipped since the step before; only with dynamic sampling.",
+        "Above the groups of a step most rollouts are wasted: choose harder or easier problems.",
+    ),
+    Metric(
+        "skipped_tokens",
+        "data",
+        "tokens",
+        "Tokens of the skipped groups, counted as in tokens; only with dynamic sampling.",
+        "What a step cost is this plus tokens: compare runs at equal sums.",
+    ),
+    Metric(
         "tokens", "data", "tokens", "Tokens in the minibatch, prompts and observations included.", "Steady."
     ),
     Metric(

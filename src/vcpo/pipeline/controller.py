@@ -20,6 +20,8 @@ Two loops in one event loop:
 loop       waits for                    woken by                             gives up after
 ========== ============================ ==================================== =====================
 collect    a finished group             any sampler                          never: ends with run
+collect    room for orders that take    every sampler                        never: ends with run
+           the place of skipped groups
 run        P groups it may take         collect                              runtime.timeout_seconds
 run        the learner's step           the learner                          runtime.timeout_seconds
 run        the publication before last  every sampler's checksum             runtime.timeout_seconds
@@ -45,10 +47,12 @@ from vcpo.config import Config
 from vcpo.errors import CheckpointError, PublicationError, WorkerError
 from vcpo.monitor.progress import Progress
 from vcpo.monitor.sinks import MetricsWriter
+from vcpo.pipeline.dynamic_sampling import Sieve
 from vcpo.pipeline.evaluation import accuracy
 from vcpo.pipeline.journal import Journal
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.window import Window
+from vcpo.trajectory import Group
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ class Controller:
     progress: Progress
     window: Window
     version: int = 0
+    sieve: Sieve | None = None
+    """Says which finished groups are trained on; None: all."""
 
     def __post_init__(self) -> None:
         self._outstanding: dict[str, set[int]] = {s.name: set() for s in self.samplers}
@@ -146,6 +152,11 @@ class Controller:
         self._published: asyncio.Future[Any] | None = None
         self._begun = time.perf_counter()
         self._last_accuracy: dict[str, float] = {}
+        self._unsifted: dict[int, tuple[list[float], int]] = {}
+        """Finished groups that the sieve has not seen: rewards and tokens."""
+        self._skipped: list[int] = []
+        """Since the last checkpoint."""
+        self._skipped_groups = self._skipped_tokens = 0
         self._busy = 0.0
         self.seconds_evaluating = 0.0
 
@@ -155,10 +166,14 @@ class Controller:
         self._arrived.set()
 
     async def collect(self) -> None:
-        """Journal groups as they arrive. Never ends by itself; an error of it (a full disk) ends ``run``."""
+        """Journal groups as they arrive, and have others played in the place of those that are skipped. Never
+        ends by itself; an error of it (a full disk) ends ``run``."""
         try:
             while True:
                 self._keep([await self.arrivals.get()])
+                # In one process ``run`` does it, between two waits, so that the order is always the same.
+                if self.config.pipeline.mode == "async" and self._sift():
+                    await self._admit()
         except Exception as error:  # nobody awaits this task before the end of the run
             self._broken = error
             self._arrived.set()
@@ -168,10 +183,31 @@ class Controller:
         while not self.arrivals.empty():
             batch.append(self.arrivals.get_nowait())
         self.journal.append((number, record) for _, number, record in batch)
-        for name, number, _ in batch:
+        for name, number, record in batch:
             self._outstanding[name].discard(number)
-            self.window.finish(number)
+            self._finish(number, record)
         self._arrived.set()
+
+    def _finish(self, number: int, record: bytes) -> None:
+        if self.sieve is None:
+            self.window.finish(number)
+        else:
+            self._unsifted[number] = Group.outline_of(record)
+
+    def _sift(self) -> bool:
+        """Let finished groups into the window, or skip them, in their order; true if one was skipped."""
+        waiting, self._unsifted = self._unsifted, {}
+        skipped: list[int] = []
+        for number, (rewards, tokens) in sorted(waiting.items()):
+            if self.sieve is None or self.sieve.keeps(number, rewards):
+                self.window.finish(number)
+                continue
+            self.window.skip(number)
+            self._skipped_tokens += tokens
+            skipped.append(number)
+        self._skipped += skipped
+        self._skipped_groups += len(skipped)
+        return bool(skipped)
 
     async def publish_initial(self, publication: Publication) -> None:
         """Bring every sampler to the learner's weights before anything is played."""
@@ -200,8 +236,14 @@ class Controller:
     async def checkpoint(self) -> None:
         """Write a checkpoint of the last complete step; groups used before it are forgotten."""
         self._keep([])
-        await self.learner.checkpoint(self.window.position())
-        self.journal.forget_before(self.version)
+        position, skipped, self._skipped = self._position(), self._skipped, []
+        await self.learner.checkpoint(position)
+        self.journal.forget_before(self.version, skipped)
+
+    def _position(self) -> dict[str, Any]:
+        """Where to resume: of the window, and under ``sieve`` of the sieve."""
+        sieve = {} if self.sieve is None else {"sieve": self.sieve.position()}
+        return self.window.position() | sieve
 
     async def evaluate(self, problems: int, *, greedy: bool) -> list[float]:
         """Rewards on the first held-out problems, shared out among the samplers."""
@@ -227,6 +269,8 @@ class Controller:
             if self._broken is not None:
                 raise self._broken
             self._arrived.clear()
+            if self._sift():
+                await self._admit()
             if (taken := self.window.take()) is not None:
                 return taken, time.perf_counter() - begun
             try:
@@ -243,6 +287,8 @@ class Controller:
         published = time.perf_counter()
         await self._publish(result.publication)
         self.window.complete()
+        if self.sieve is not None:
+            self.sieve.forget(taken)
         self.version += 1
         now = time.perf_counter()
         return result.metrics | {
@@ -305,20 +351,29 @@ class Controller:
     async def _admit(self) -> float:
         """Hand out the groups that the window has room for; those the journal holds need no rollout.
 
-        Returns the seconds it took: a runtime that plays groups at once makes the learner wait here.
+        Returns the seconds it took: a runtime that plays groups at once makes the learner wait here, until
+        none of them is skipped.
         """
         begun = time.perf_counter()
+        await self._order()
+        while self.sieve is not None:
+            self._keep([])
+            if not self._sift():
+                break
+            await self._order()
+        return time.perf_counter() - begun
+
+    async def _order(self) -> None:
         remaining = self.config.pipeline.steps - self.version
         orders: dict[str, list[GroupOrder]] = {s.name: [] for s in self.samplers}
         for number in self.window.admit(remaining * self.config.pipeline.prompts):
             if self.journal.has(number):
-                self.window.finish(number)
+                self._finish(number, self._record_of(number))
                 continue
             name = min(self._outstanding, key=lambda n: len(self._outstanding[n]))
             self._outstanding[name].add(number)
             orders[name].append(GroupOrder(number, self.version))
         await asyncio.gather(*(s.order(orders[s.name]) for s in self.samplers if orders[s.name]))
-        return time.perf_counter() - begun
 
     def _record(self, row: dict[str, Any]) -> None:
         elapsed = time.perf_counter() - self._begun
@@ -329,6 +384,9 @@ class Controller:
             "tokens_per_second": row["tokens"] / max(spent, 1e-9),
             "seconds_sampling": self._busy - busy,
         }
+        if self.sieve is not None:
+            row |= {"skipped_groups": self._skipped_groups, "skipped_tokens": self._skipped_tokens}
+            self._skipped_groups = self._skipped_tokens = 0
         self.writer.write(row)
         self.progress.advance(row | self._last_accuracy)
 

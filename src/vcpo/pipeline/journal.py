@@ -40,10 +40,12 @@ class Journal:
         with self._transaction() as database:
             database.executemany("UPDATE groups SET step = ? WHERE number = ?", [(step, n) for n in numbers])
 
-    def forget_before(self, step: int) -> None:
-        """A checkpoint of version ``step`` is safe: groups used before it are not needed any more."""
+    def forget_before(self, step: int, skipped: Iterable[int] = ()) -> None:
+        """A checkpoint of version ``step`` is safe: groups used before it are not needed any more, nor are
+        those it knows as ``skipped``."""
         with self._transaction() as database:
             database.execute("DELETE FROM groups WHERE step < ?", (step,))
+            database.executemany("DELETE FROM groups WHERE number = ?", [(number,) for number in skipped])
 
     def rewind(self, step: int) -> None:
         """The learner is back at version ``step``: later marks did not happen."""

@@ -13,6 +13,7 @@ from vcpo.monitor.progress import Progress
 from vcpo.monitor.sinks import METRICS_FILE, MetricsWriter, read_metrics
 from vcpo.monitor.statistics import run_totals, time_spent, total
 from vcpo.pipeline.controller import Arrivals, Begun, Controller, LearnerPort, Publication, SamplerPort
+from vcpo.pipeline.dynamic_sampling import Sieve, dynamic_sampling
 from vcpo.pipeline.evaluation import success_figures
 from vcpo.pipeline.journal import Journal
 from vcpo.pipeline.run_folder import RunFolder
@@ -54,6 +55,8 @@ def make_controller(
     """A controller that goes on where the learner's checkpoint says."""
     journal = Journal(run.journal)
     journal.rewind(parts.begun.version)
+    position = dict(parts.begun.position)
+    sieve = position.pop("sieve", {})  # also there if dynamic sampling was switched off since
     return Controller(
         config=config,
         learner=parts.learner,
@@ -66,9 +69,10 @@ def make_controller(
             config.pipeline.prompts,
             config.pipeline.lag,
             window_width(config),
-            **parts.begun.position,
+            **position,
         ),
         version=parts.begun.version,
+        sieve=Sieve(config.pipeline.prompts, **sieve) if dynamic_sampling(config) else None,
     )
 
 

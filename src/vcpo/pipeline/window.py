@@ -1,13 +1,15 @@
 """Windowed FIFO: which groups may be generated, and which may be trained on next.
 
 Groups are numbered 0, 1, 2, … in the order of admission. A group is *active* from its admission until the
-step that trains on it is complete. P groups make a step.
+step that trains on it is complete, or until it is skipped (:mod:`vcpo.pipeline.dynamic_sampling`). P groups
+make a step.
 
 - **Admission**: a group is admitted while fewer than (S+1)·P are active. This is the back-pressure: with
   the window full, samplers rest until the learner has finished a step.
 - **Taking**: groups of a step are taken one at a time, each time the oldest finished one among the W
   numbers that begin at the *anchor*, the oldest active group not yet taken. So at most W−1 younger groups
   can pass a slow one; nothing is dropped; short answers gain nothing by being fast beyond that.
+- **Skipping**: a group that is not to be trained on gives up its place, and the anchor passes over it.
 
 **Bound.** The lag of a group g, the learner's version when g is taken minus the oldest version in g, is at
 most S + ⌈(W−1)/P⌉, and 0 if S = 0.
@@ -22,10 +24,12 @@ g, and each such group was either active at g's admission, or is younger than g.
 - Younger: while g is not taken the anchor is at most g, so a younger group that is taken is numbered below
   g + W: at most W − 1 of them.
 
+A group that is skipped is in no step, so skipping can only take groups out of the two lists.
+
 Hence n·P ≤ (S+1)·P − 1 + (W−1), so for W = 1: n ≤ S; for W ≥ 2: n ≤ S + 1 + ⌊(W−2)/P⌋ = S + ⌈(W−1)/P⌉. ∎
 
-With S = 0 at most P groups are active, so each step takes all of them and none is admitted before it is
-complete: the synchronous loop, whatever W.
+With S = 0 at most P groups are active, so each step takes all of them, and none is admitted before it is
+complete, but in the place of one that is skipped: the synchronous loop, whatever W.
 """
 
 from __future__ import annotations
@@ -44,11 +48,12 @@ class Window:
     def __init__(
         self, prompts: int, lag: int, window: int, *, anchor: int = 0, trained: Iterable[int] = ()
     ) -> None:
-        """``anchor`` and ``trained`` resume a run: groups below the one and those of the other are done."""
+        """``anchor`` and ``trained`` resume a run: groups below the one and those of the other are done,
+        trained or skipped."""
         self._prompts, self._lag, self._width = prompts, lag, window
         self._anchor = self._next = anchor
         self._passed = {index for index in trained if index >= anchor}
-        """Taken or trained groups above the anchor."""
+        """Taken, trained or skipped groups above the anchor."""
         self._finished: set[int] = set()
         self._active: set[int] = set()
         self._in_training: set[int] = set()
@@ -82,6 +87,15 @@ class Window:
             raise ValueError(f"group {index} is not being generated")
         self._finished.add(index)
 
+    def skip(self, index: int) -> None:
+        """Group ``index``, active and not taken, will not be trained on: its place is free."""
+        if index not in self._active or index in self._in_training:
+            raise ValueError(f"group {index} is not waiting for a step")
+        self._finished.discard(index)
+        self._active.remove(index)
+        self._passed.add(index)
+        self._anchor = _past(self._anchor, self._passed)
+
     def take(self) -> list[int] | None:
         """The P groups of the next step in ascending order, or None while they are not all there."""
         if self._in_training:
@@ -93,9 +107,7 @@ class Window:
                 return None
             taken.append(left.pop(0))
             passed.add(taken[-1])
-            while anchor in passed:
-                passed.remove(anchor)
-                anchor += 1
+            anchor = _past(anchor, passed)
         self._anchor, self._passed = anchor, passed
         self._finished.difference_update(taken)
         self._in_training = set(taken)
@@ -109,3 +121,11 @@ class Window:
     def position(self) -> dict[str, object]:
         """Where to resume once the step is complete: the arguments ``anchor`` and ``trained``."""
         return {"anchor": self._anchor, "trained": sorted(self._passed)}
+
+
+def _past(anchor: int, passed: set[int]) -> int:
+    """The first number from ``anchor`` on that is not among ``passed``, which loses those before it."""
+    while anchor in passed:
+        passed.remove(anchor)
+        anchor += 1
+    return anchor
