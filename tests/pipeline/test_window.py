@@ -31,6 +31,8 @@ class Simulation:
     barren: Callable[[int], bool] = lambda number: False
     """Which groups are skipped when they are finished."""
     skipped: list[int] = field(default_factory=list)
+    spare: int = 0
+    """M."""
     version: int = 0
     admitted_at: dict[int, int] = field(default_factory=dict)
     lags: dict[int, int] = field(default_factory=dict)
@@ -38,8 +40,9 @@ class Simulation:
     trained: list[list[int]] = field(default_factory=list)
 
     @staticmethod
-    def of(prompts: int, lag: int, width: int, choose: Chooser) -> Simulation:
-        return Simulation(prompts, lag, width, choose, Window(prompts, lag, width))
+    def of(prompts: int, lag: int, width: int, choose: Chooser, spare: int = 0) -> Simulation:
+        window = Window(prompts, lag, width, over_provision=spare)
+        return Simulation(prompts, lag, width, choose, window, spare=spare)
 
     def run(self, steps: int) -> Simulation:
         """Each step: fill the window, finish groups one at a time until a step can be taken, train."""
@@ -55,7 +58,7 @@ class Simulation:
             self.admitted_at[number] = self.version
             self.generating.append(number)
         self.generating.sort()
-        assert self.window.active <= (self.lag + 1) * self.prompts
+        assert self.window.active <= (self.lag + 1) * self.prompts + self.spare
 
     def finish(self, number: int) -> None:
         self.generating.remove(number)
@@ -111,15 +114,16 @@ shapes = st.tuples(st.integers(1, 6), st.integers(0, 5), st.integers(1, 24))
     order=st.randoms(use_true_random=False),
     steps=st.integers(1, 30),
     meanwhile=st.integers(0, 8),
+    spare=st.integers(0, 9),
 )
 def test_no_random_schedule_exceeds_the_bound_or_loses_a_group(
-    shape: tuple[int, int, int], order: random.Random, steps: int, meanwhile: int
+    shape: tuple[int, int, int], order: random.Random, steps: int, meanwhile: int, spare: int
 ) -> None:
     prompts, lag, width = shape
-    done = Simulation.of(*shape, lambda generating: order.choice(list(generating)))
+    done = Simulation.of(*shape, lambda generating: order.choice(list(generating)), spare)
     done.meanwhile = meanwhile
     done.run(steps)
-    assert done.greatest_lag <= lag_bound(lag, width, prompts)
+    assert done.greatest_lag <= lag_bound(lag, width, prompts, spare)
     # Nothing is dropped: whatever was admitted is trained, or is among the active ones still.
     assert len(done.lags) == steps * prompts
     assert len(done.admitted_at) - len(done.lags) == done.window.active
@@ -133,15 +137,21 @@ def test_no_random_schedule_exceeds_the_bound_or_loses_a_group(
     steps=st.integers(1, 20),
     meanwhile=st.integers(0, 8),
     barren=st.sets(st.integers(0, 80), max_size=60),
+    spare=st.integers(0, 5),
 )
 def test_skipping_keeps_the_bound_and_every_group_is_trained_or_skipped(
-    shape: tuple[int, int, int], order: random.Random, steps: int, meanwhile: int, barren: set[int]
+    shape: tuple[int, int, int],
+    order: random.Random,
+    steps: int,
+    meanwhile: int,
+    barren: set[int],
+    spare: int,
 ) -> None:
     prompts, lag, width = shape
-    done = Simulation.of(*shape, lambda generating: order.choice(list(generating)))
+    done = Simulation.of(*shape, lambda generating: order.choice(list(generating)), spare)
     done.meanwhile, done.barren = meanwhile, barren.__contains__
     done.run(steps)
-    assert done.greatest_lag <= lag_bound(lag, width, prompts)
+    assert done.greatest_lag <= lag_bound(lag, width, prompts, spare)
     assert len(done.lags) == steps * prompts
     assert not set(done.lags) & barren
     assert set(done.skipped) <= barren
@@ -152,11 +162,13 @@ def test_skipping_keeps_the_bound_and_every_group_is_trained_or_skipped(
 
 
 @settings(max_examples=150, deadline=None)
-@given(shape=shapes, slow=st.sets(st.integers(0, 60), max_size=12))
-def test_no_choice_of_slow_groups_exceeds_the_bound(shape: tuple[int, int, int], slow: set[int]) -> None:
+@given(shape=shapes, slow=st.sets(st.integers(0, 60), max_size=12), spare=st.integers(0, 9))
+def test_no_choice_of_slow_groups_exceeds_the_bound(
+    shape: tuple[int, int, int], slow: set[int], spare: int
+) -> None:
     prompts, lag, width = shape
-    done = Simulation.of(*shape, late(slow)).run(40)
-    assert done.greatest_lag <= lag_bound(lag, width, prompts)
+    done = Simulation.of(*shape, late(slow), spare).run(40)
+    assert done.greatest_lag <= lag_bound(lag, width, prompts, spare)
 
 
 @pytest.mark.parametrize("choose", [oldest_last, oldest_first])
@@ -169,29 +181,39 @@ def test_worst_case_orders_keep_the_bound(choose: Chooser, prompts: int, lag: in
 
 
 @pytest.mark.parametrize(
-    ("prompts", "lag", "width", "bound"),
+    ("prompts", "lag", "width", "spare", "bound"),
     [
-        (1, 1, 1, 1),
-        (1, 1, 2, 2),
-        (1, 3, 6, 8),
-        (2, 1, 1, 1),
-        (2, 1, 2, 2),
-        (2, 1, 4, 3),
-        (2, 2, 9, 6),
-        (3, 2, 2, 3),
-        (3, 2, 8, 5),
-        (4, 1, 5, 2),
-        (4, 1, 6, 3),
-        (16, 2, 16, 3),
+        (1, 1, 1, 0, 1),
+        (1, 1, 2, 0, 2),
+        (1, 3, 6, 0, 8),
+        (2, 1, 1, 0, 1),
+        (2, 1, 2, 0, 2),
+        (2, 1, 4, 0, 3),
+        (2, 2, 9, 0, 6),
+        (3, 2, 2, 0, 3),
+        (3, 2, 8, 0, 5),
+        (4, 1, 5, 0, 2),
+        (4, 1, 6, 0, 3),
+        (16, 2, 16, 0, 3),
+        (1, 0, 1, 1, 1),
+        (2, 0, 1, 1, 1),
+        (2, 0, 1, 3, 2),
+        (2, 0, 4, 2, 3),
+        (3, 0, 2, 1, 1),
+        (2, 1, 2, 2, 3),
+        (3, 2, 8, 2, 5),
+        (3, 2, 8, 3, 6),
+        (16, 0, 16, 8, 2),
     ],
 )
-def test_the_bound_is_reached(prompts: int, lag: int, width: int, bound: int) -> None:
+def test_the_bound_is_reached(prompts: int, lag: int, width: int, spare: int, bound: int) -> None:
     """One slow group, at every position in turn: the worst one has exactly the lag of the bound."""
-    assert lag_bound(lag, width, prompts) == bound
-    begin = 2 * (lag + 1) * prompts  # past the start, where the window is not yet full of old groups
+    assert lag_bound(lag, width, prompts, spare) == bound
+    begin = 2 * (lag + 1) * prompts + spare  # past the start, where the window is not yet full of old groups
     worst = max(
-        Simulation.of(prompts, lag, width, late({slow})).run(3 * (lag + 1) + bound + 2).lags.get(slow, 0)
-        for slow in range(begin, begin + 2 * prompts)
+        Simulation.of(prompts, lag, width, choose, spare).run(3 * (lag + 1) + bound + 2).lags.get(slow, 0)
+        for slow in range(begin, begin + 2 * prompts + spare)
+        for choose in (late({slow}), oldest_first)
     )
     assert worst == bound
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_exact_runs import At, Killed, column, config_of, kill, resumed, tiny_run, weights_of
+from torch import Tensor
 
 from vcpo.config import Config
+from vcpo.errors import WorkerError
 from vcpo.pipeline.build import build_learner, build_policy, build_rollout_loop
 from vcpo.pipeline.rollout import GroupOrder
+from vcpo.pipeline.services import LearnerService
 from vcpo.policy.loading import Policy
 from vcpo.runtime import train
 from vcpo.samplers.local import LocalSampler
-from vcpo.trajectory import Group
-from vcpo.weights import weight_tensors
+from vcpo.trajectory import Group, Trajectory
+from vcpo.weights import load_weights, weight_tensors
 
 torch.set_num_threads(1)
 
@@ -92,3 +99,121 @@ def test_a_run_that_gave_up_on_a_signal_resumes_to_the_same_bytes(tmp_path: Path
     resumed(run, pipeline__steps=4)
     assert column(run, "skipped_groups") == [20, 0, 0, 0]
     assert column(run, "equal_groups") == [1.0] * 4
+
+
+# Over-provision (APRIL)
+
+BEGUN_BEFORE = {
+    "environment.kind": "worlds:Tailed",
+    "pipeline.lag": 0,
+    "pipeline.over_provision": 3,
+    "pipeline.window": 6,
+    "pipeline.steps": 9,
+}
+
+
+@dataclass
+class Overheard:
+    """What a learner was given, and its weights before each step."""
+
+    groups: list[list[Group]] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @staticmethod
+    def of(monkeypatch: pytest.MonkeyPatch) -> Overheard:
+        heard, step = Overheard(), LearnerService.step
+
+        def listening(service: LearnerService, records: Sequence[bytes]) -> dict[str, Any]:
+            heard.groups.append([Group.from_bytes(record) for record in records])
+            heard.weights.append({name: t.clone() for name, t in service.tensors().items()})
+            return step(service, records)
+
+        monkeypatch.setattr(LearnerService, "step", listening)
+        return heard
+
+    @property
+    def numbers(self) -> list[int]:
+        return [group.index for groups in self.groups for group in groups]
+
+
+def test_unfinished_groups_go_on_under_the_next_weights_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Overheard.of(monkeypatch)
+    config = config_of(tmp_path, "run", BEGUN_BEFORE)
+    summary = train(config)
+    assert sorted(heard.numbers) == list(range(18)), "each once; nothing that is begun is dropped"
+    assert heard.numbers != sorted(heard.numbers), "a slow group was passed"
+    assert 1 <= summary["lag_max"] <= summary["lag_bound"] == 0 + 1 + (3 + 6 - 2) // 2
+    mixed = [
+        t
+        for groups in heard.groups
+        for group in groups
+        for t in group.trajectories
+        if len(set(t.versions[t.action_mask])) > 1
+    ]
+    assert len(mixed) >= 4
+    model = build_policy(config).model
+    for trajectory in mixed:
+        versions = trajectory.versions[trajectory.action_mask]
+        assert (np.diff(versions) >= 0).all()
+        for version in set(versions):
+            load_weights(model, heard.weights[version])
+            expected = log_probs_of(model, trajectory)[versions == version]
+            recorded = trajectory.log_probs[trajectory.action_mask][versions == version]
+            np.testing.assert_allclose(recorded, expected, atol=1e-5)
+
+
+def log_probs_of(model: Any, trajectory: Trajectory) -> np.ndarray:
+    """log π of the sampled tokens under one version, in one forward pass."""
+    ids = torch.from_numpy(trajectory.tokens.astype(np.int64))
+    with torch.no_grad():
+        every = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    places = torch.from_numpy(np.flatnonzero(trajectory.action_mask))
+    return every[places - 1, ids[places]].numpy()
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_run_that_over_provisions_is_the_same_to_the_bit_twice(tmp_path: Path, lag: int) -> None:
+    changes = BEGUN_BEFORE | {"pipeline.lag": lag, "learner.mask_off_policy_prefix": True}
+    for name in ("once", "again"):
+        assert train(config_of(tmp_path, name, changes))["completed"]
+    assert weights_of(tmp_path / "once") == weights_of(tmp_path / "again")
+    for key in ("reward", "lag_histogram", "loss", "masked_tokens", "token_lag_mean"):
+        assert column(tmp_path / "once", key) == column(tmp_path / "again", key), key
+    assert sum(column(tmp_path / "once", "masked_tokens")) > 0
+    plain = changes | {"pipeline.over_provision": 0}
+    assert train(config_of(tmp_path, "plain", plain))["completed"]
+    assert sum(column(tmp_path / "plain", "masked_tokens")) == 0
+
+
+def test_a_killed_run_that_over_provisions_plays_unfinished_groups_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = BEGUN_BEFORE | {"learner.checkpoint_every": 4}
+    before = Overheard.of(monkeypatch)
+    with pytest.raises(Killed):
+        train(config_of(tmp_path, "run", changes), progress=At(5, kill))
+    after = Overheard.of(monkeypatch)
+    resumed(tmp_path / "run")
+    assert sorted(before.numbers[:8] + after.numbers) == list(range(18))
+
+
+def test_an_error_while_groups_are_left_over_ends_the_run_as_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = LearnerService.step, []
+
+    def breaking(service: LearnerService, records: Sequence[bytes]) -> dict[str, Any]:
+        steps.append(1)
+        if len(steps) == 2:
+            monkeypatch.setattr(LocalSampler, "_tick", broken)
+        return step(service, records)
+
+    def broken(sampler: LocalSampler) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(LearnerService, "step", breaking)
+    with pytest.raises(WorkerError, match="no room"):
+        train(config_of(tmp_path, "run", BEGUN_BEFORE))
+    assert len(steps) == 2

@@ -49,6 +49,19 @@ class Half(Letters):
         return 1.0 if problem.index % 2 else reward
 
 
+class Tailed(Letters):
+    """Every third problem takes six turns, the others one."""
+
+    async def play(self, problem: Problem, episode: Episode) -> float:
+        episode.observe(self.codec.encode(problem.prompt))
+        answer: list[int] = []
+        for _ in range(1 if problem.index % 3 else 6):
+            answer += await episode.act(4, stop=frozenset())
+            episode.observe(self.codec.encode(">"))
+        text = self.codec.decode(answer)
+        return sum(letter >= problem.answer for letter in text) / len(answer)
+
+
 class Silent(Letters):
     """The model is shown a prompt and never asked."""
 

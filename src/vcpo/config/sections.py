@@ -280,6 +280,8 @@ class PipelineConfig(Section):
     """Rollouts of one prompt."""
     steps: int = Field(default=600, ge=1, le=10**9)
     """Optimizer steps."""
+    over_provision: NonNegativeInt = 0
+    """Groups begun beyond those needed: a step takes what is finished, within window; the rest goes on later."""
     dynamic_sampling: bool = False
     """Skip groups whose rewards are all equal, and play others in their place."""
 

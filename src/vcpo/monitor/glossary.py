@@ -300,7 +300,7 @@ _METRICS = (
         "lag",
         "steps",
         "Largest policy lag of a group in the minibatch.",
-        "Never above lag + ceil((window − 1) / prompts).",
+        "Never above lag + 1 + floor((over_provision + window − 2) / prompts).",
     ),
     Metric(
         "token_lag_mean",

@@ -175,8 +175,12 @@ class Controller:
                 if self.config.pipeline.mode == "async" and self._sift():
                     await self._admit()
         except Exception as error:  # nobody awaits this task before the end of the run
-            self._broken = error
-            self._arrived.set()
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Something that nobody awaits has failed: ``run`` ends with it."""
+        self._broken = error
+        self._arrived.set()
 
     def _keep(self, batch: list[tuple[str, int, bytes]]) -> None:
         """Journal ``batch`` and whatever else has arrived."""
@@ -317,8 +321,7 @@ class Controller:
     def _on_verified(self, verification: asyncio.Future[None]) -> None:
         """A sampler that serves something else is reported now, not when the next weights are sent."""
         if not verification.cancelled() and (error := verification.exception()) is not None:
-            self._broken = error
-            self._arrived.set()
+            self.fail(error)
 
     async def _publication_served(self) -> None:
         if self._published is not None:

@@ -13,9 +13,8 @@ from vcpo.errors import ModelError, UnreachableDataError
 from vcpo.pipeline.build import algorithm_of, build_environment, small_alphabet
 from vcpo.pipeline.calibration import find_calibration
 from vcpo.pipeline.engines import check_engine
-from vcpo.pipeline.session import window_width
+from vcpo.pipeline.session import lag_bound_of
 from vcpo.pipeline.step_scales import read_step_scales
-from vcpo.pipeline.window import lag_bound
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _HUB_SECONDS = 5.0
@@ -139,14 +138,13 @@ def _kept(config: Config) -> str:
 def _amounts(config: Config, context_length: int) -> list[tuple[str, str]]:
     pipeline = config.pipeline
     episodes = pipeline.prompts * pipeline.group_size
-    bound = lag_bound(pipeline.lag, window_width(config), pipeline.prompts)
     return [
         ("a step", f"{pipeline.prompts} prompts × {pipeline.group_size} rollouts = {episodes} episodes, "
                    f"at most {episodes * context_length:,} tokens"),
         ("the run", f"{pipeline.steps} steps, {pipeline.steps * episodes:,} episodes, "
                     f"at most {pipeline.steps * episodes * context_length:,} tokens"),
-        ("policy lag", f"target {pipeline.lag}, never above {bound}; at most "
-                       f"{(pipeline.lag + 1) * pipeline.prompts} groups active"),
+        ("policy lag", f"target {pipeline.lag}, never above {lag_bound_of(config)}; at most "
+                       f"{(pipeline.lag + 1) * pipeline.prompts + pipeline.over_provision} groups active"),
         ("evaluation", f"{config.evaluation.final_problems} held-out problems before and after, "
                        + (f"{config.evaluation.problems} every {config.evaluation.every} steps"
                           if config.evaluation.every else "none in between")),

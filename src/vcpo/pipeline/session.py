@@ -69,6 +69,7 @@ def make_controller(
             config.pipeline.prompts,
             config.pipeline.lag,
             window_width(config),
+            over_provision=config.pipeline.over_provision,
             **position,
         ),
         version=parts.begun.version,
@@ -138,7 +139,7 @@ def _figures(config: Config, run: RunFolder, parts: Parts, controller: Controlle
         "mode": pipeline.mode,
         "seed": config.run.seed,
         "lag": pipeline.lag,
-        "lag_bound": lag_bound(pipeline.lag, window_width(config), pipeline.prompts),
+        "lag_bound": lag_bound_of(config),
         **run_totals(rows),
         "episodes": len(rows) * pipeline.prompts * pipeline.group_size,
         "failed_episodes": int(total(rows, "failed_episodes")),
@@ -152,5 +153,12 @@ def _figures(config: Config, run: RunFolder, parts: Parts, controller: Controlle
 
 
 def window_width(config: Config) -> int:
-    """W; the exact mode is strictly first in, first out."""
-    return 1 if config.pipeline.mode == "exact" else config.pipeline.window
+    """W; the exact mode is strictly first in, first out, unless more groups are begun than a step waits for."""
+    pipeline = config.pipeline
+    return pipeline.window if pipeline.mode == "async" or pipeline.over_provision else 1
+
+
+def lag_bound_of(config: Config) -> int:
+    """The largest policy lag any group of the run can have."""
+    pipeline = config.pipeline
+    return lag_bound(pipeline.lag, window_width(config), pipeline.prompts, pipeline.over_provision)

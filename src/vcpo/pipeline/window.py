@@ -4,15 +4,16 @@ Groups are numbered 0, 1, 2, … in the order of admission. A group is *active* 
 step that trains on it is complete, or until it is skipped (:mod:`vcpo.pipeline.dynamic_sampling`). P groups
 make a step.
 
-- **Admission**: a group is admitted while fewer than (S+1)·P are active. This is the back-pressure: with
-  the window full, samplers rest until the learner has finished a step.
+- **Admission**: a group is admitted while fewer than (S+1)·P + M are active, where M groups are begun beyond
+  those needed (over-provision, usually 0). This is the back-pressure: with the window full, samplers rest
+  until the learner has finished a step.
 - **Taking**: groups of a step are taken one at a time, each time the oldest finished one among the W
   numbers that begin at the *anchor*, the oldest active group not yet taken. So at most W−1 younger groups
   can pass a slow one; nothing is dropped; short answers gain nothing by being fast beyond that.
 - **Skipping**: a group that is not to be trained on gives up its place, and the anchor passes over it.
 
 **Bound.** The lag of a group g, the learner's version when g is taken minus the oldest version in g, is at
-most S + ⌈(W−1)/P⌉, and 0 if S = 0.
+most S + 1 + ⌊(M+W−2)/P⌋, and 0 if S = 0 and M = 0. Without over-provision that is S + ⌈(W−1)/P⌉.
 
 Proof. Let v be the learner's version when g is admitted. Weights of version v were sent to the samplers
 before g was (one ordered channel), so no token of g is older than v. Let n steps complete between g's
@@ -20,15 +21,16 @@ admission and the step that takes g; the lag is at most n. Each of those n steps
 g, and each such group was either active at g's admission, or is younger than g.
 
 - Active at g's admission (those in training included, since a group stays active until its step is
-  complete): at most (S+1)·P − 1 besides g.
+  complete): at most (S+1)·P + M − 1 besides g.
 - Younger: while g is not taken the anchor is at most g, so a younger group that is taken is numbered below
   g + W: at most W − 1 of them.
 
 A group that is skipped is in no step, so skipping can only take groups out of the two lists.
 
-Hence n·P ≤ (S+1)·P − 1 + (W−1), so for W = 1: n ≤ S; for W ≥ 2: n ≤ S + 1 + ⌊(W−2)/P⌋ = S + ⌈(W−1)/P⌉. ∎
+Hence n·P ≤ (S+1)·P + M − 1 + (W−1), so n ≤ S + 1 + ⌊(M+W−2)/P⌋: S for W = 1 and M = 0, and for M = 0 ever
+S + ⌈(W−1)/P⌉, since ⌊(W−2)/P⌋ + 1 = ⌈(W−1)/P⌉. ∎
 
-With S = 0 at most P groups are active, so each step takes all of them, and none is admitted before it is
+With S = 0 and M = 0 at most P groups are active, so each step takes all of them, and none is admitted before it is
 complete, but in the place of one that is skipped: the synchronous loop, whatever W.
 """
 
@@ -37,20 +39,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def lag_bound(lag: int, window: int, prompts: int) -> int:
-    """The largest policy lag any group can have: S + ⌈(W−1)/P⌉, or 0 for the synchronous loop."""
-    return lag + -(-(window - 1) // prompts) if lag else 0
+def lag_bound(lag: int, window: int, prompts: int, over_provision: int = 0) -> int:
+    """The largest policy lag any group can have: S + 1 + ⌊(M+W−2)/P⌋, or 0 for the synchronous loop."""
+    return lag + 1 + (over_provision + window - 2) // prompts if lag or over_provision else 0
 
 
 class Window:
     """The bookkeeping of admission and taking; knows numbers of groups, not groups."""
 
     def __init__(
-        self, prompts: int, lag: int, window: int, *, anchor: int = 0, trained: Iterable[int] = ()
+        self,
+        prompts: int,
+        lag: int,
+        window: int,
+        *,
+        over_provision: int = 0,
+        anchor: int = 0,
+        trained: Iterable[int] = (),
     ) -> None:
         """``anchor`` and ``trained`` resume a run: groups below the one and those of the other are done,
         trained or skipped."""
-        self._prompts, self._lag, self._width = prompts, lag, window
+        self._prompts, self._width = prompts, window
+        self._room = (lag + 1) * prompts + over_provision
         self._anchor = self._next = anchor
         self._passed = {index for index in trained if index >= anchor}
         """Taken, trained or skipped groups above the anchor."""
@@ -71,8 +81,7 @@ class Window:
     def admit(self, needed: int | None = None) -> list[int]:
         """Numbers of the groups to generate now; they count as active from here on. ``needed``: how many
         groups the rest of the run will train on; more than that are never active."""
-        room = (self._lag + 1) * self._prompts
-        limit = room if needed is None else min(room, needed)
+        limit = self._room if needed is None else min(self._room, needed)
         admitted: list[int] = []
         while len(self._active) < limit:
             if self._next not in self._passed:

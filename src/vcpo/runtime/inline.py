@@ -4,13 +4,20 @@ The controller, the window and the services are those of the asynchronous runtim
 groups plays them to the end before it returns, under the weights published last. With a window of one,
 the groups ordered after step t are trained on in step t + lag: every rollout is exactly ``lag`` versions
 old (fewer in the first steps), and nothing depends on timing.
+
+With ``pipeline.over_provision`` = M > 0 ordering returns while M groups are still being played. They rest
+while the learner takes its step, and go on under its weights when the sampler is next waited for (in an
+evaluation too): at lag 0 this is APRIL. Which groups finish first depends on the order of the event loop
+alone, so a run can be repeated to the byte as long as its environment waits for nothing outside this process.
+Groups that were being played when a run was killed are played again, all of them under the weights they are
+then begun with: such a run goes on, but not to the same bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +67,15 @@ class InlineSampler:
 
     name = "sampler-0"
 
-    def __init__(self, service: RolloutService, arrivals: Arrivals) -> None:
-        self._service, self._arrivals = service, arrivals
+    def __init__(self, service: RolloutService, arrivals: Arrivals, over_provision: int = 0) -> None:
+        self._service, self._arrivals, self._spare = service, arrivals, over_provision
         self._publication: asyncio.Future[str] | None = None
+        self._unfinished: set[int] = set()
+        self._playing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._error: BaseException | None = None
+        self.on_error: Callable[[BaseException], None] = lambda error: None
+        """Hears of an error whether or not ``order`` is waited for."""
 
     @property
     def busy_seconds(self) -> float:
@@ -75,11 +88,36 @@ class InlineSampler:
         return self._publication
 
     async def order(self, orders: Sequence[GroupOrder]) -> None:
+        """Play groups until no more than M of all that were ordered are unfinished."""
         if self._publication is not None:
             await self._publication
-        await self._service.play(
-            orders, lambda number, record: self._arrivals.put_nowait((self.name, number, record))
-        )
+        self._unfinished.update(order.index for order in orders)
+        playing = asyncio.ensure_future(self._service.play(orders, self._on_group))
+        self._playing.add(playing)
+        playing.add_done_callback(self._on_end)
+        while len(self._unfinished) > self._spare and self._error is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _on_group(self, number: int, record: bytes) -> None:
+        self._unfinished.discard(number)
+        self._arrivals.put_nowait((self.name, number, record))
+        self._changed.set()
+
+    def _on_end(self, playing: asyncio.Task[None]) -> None:
+        self._playing.discard(playing)
+        if not playing.cancelled() and (error := playing.exception()) is not None:
+            self._error = error
+            self._changed.set()
+            self.on_error(error)
+
+    async def close(self) -> None:
+        """Give up what is being played."""
+        for playing in self._playing:
+            playing.cancel()
+        await asyncio.gather(*self._playing, return_exceptions=True)
 
     async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
         return await self._service.evaluate(first, count, greedy=greedy)
@@ -99,10 +137,11 @@ def train_inline(config: Config, run: RunFolder, progress: Progress, *, resume: 
     async def session() -> dict[str, Any]:
         arrivals: Arrivals = asyncio.Queue()
         learner = InlineLearner(learner_service)
-        samplers = [InlineSampler(rollout_service, arrivals)]
-        parts = Parts(learner, samplers, arrivals, begun, learner.publication(), begun_at)
+        sampler = InlineSampler(rollout_service, arrivals, config.pipeline.over_provision)
+        parts = Parts(learner, [sampler], arrivals, begun, learner.publication(), begun_at)
 
         def on_controller(controller: Controller) -> None:
+            sampler.on_error = controller.fail
             stop_on_signals(lambda: stop_in_order(controller, training))
 
         training = asyncio.ensure_future(train_session(config, run, parts, progress, on_controller))
@@ -113,6 +152,7 @@ def train_inline(config: Config, run: RunFolder, progress: Progress, *, resume: 
                 raise
             return interrupted_summary(run)
         finally:
+            await sampler.close()
             await rollout_service.close()
 
     return asyncio.run(session())
