@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vcpo.environments.collect import Collect
 from vcpo.environments.countdown import Countdown
 from vcpo.environments.jsonl import JsonLines
 from vcpo.environments.mathematics import Mathematics
@@ -48,8 +49,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_built_in_names() -> None:
-    found = [environment_class(kind) for kind in ("maze", "sort", "countdown", "jsonl", "math")]
-    assert found == [Maze, Sort, Countdown, JsonLines, Mathematics]
+    names = ["maze", "collect", "sort", "countdown", "jsonl", "math"]
+    found = [environment_class(kind) for kind in names]
+    assert found == [Maze, Collect, Sort, Countdown, JsonLines, Mathematics]
 
 
 def test_a_class_of_your_own(own_folder: Path) -> None:
@@ -66,7 +68,7 @@ def test_a_class_of_your_own(own_folder: Path) -> None:
         ("count_down", "did you mean 'countdown'?"),
         (
             "zzz",
-            "'zzz' is unknown; it is one of maze, sort, countdown, jsonl, math, or module:Class of your own",
+            "'zzz' is unknown; it is one of maze, collect, sort, countdown, jsonl, math, or module:Class",
         ),
         ("", "'' is unknown"),
         (":Good", "write it as module:Class"),
@@ -94,7 +96,7 @@ def test_environments_do_without_torch() -> None:
     """They run in rollout workers, which must start fast."""
     code = (
         "import sys; from vcpo.environments import environment_class as find\n"
-        "[find(kind) for kind in ('maze', 'sort', 'countdown', 'jsonl', 'math')]\n"
+        "[find(kind) for kind in ('maze', 'collect', 'sort', 'countdown', 'jsonl', 'math')]\n"
         "assert not {'torch', 'transformers', 'sympy', 'datasets', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

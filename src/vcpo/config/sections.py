@@ -92,7 +92,7 @@ class WarmStartConfig(Section):
 
 class EnvironmentConfig(Section):
     kind: str = "maze"
-    """maze, sort, countdown, jsonl, math, or module:Class of your own."""
+    """maze, collect, sort, countdown, jsonl, math, or module:Class of your own."""
     path: str = ""
     """jsonl, math: the data file, JSON lines or Parquet."""
     held_out_path: str = ""
@@ -120,11 +120,16 @@ class EnvironmentConfig(Section):
     timeout_seconds: PositiveFloat = 60.0
     """Time an episode may take, its wait for the sampler left out; then: retried once, then reward 0."""
     size: int = Field(default=4, ge=2, le=26)
-    """sort: digits to sort; maze: side of the grid (at most 5); countdown: numbers given (at most 6)."""
+    """sort: digits to sort; maze, collect: side of the grid (at most 5); countdown: numbers given (at most
+    6)."""
     walls: NonNegativeInt = 3
-    """maze: walls in the grid."""
+    """maze, collect: walls in the grid."""
     max_turns: PositiveInt = 8
-    """maze: moves before the episode is lost."""
+    """maze, collect: moves before the episode ends."""
+    coins: PositiveInt = 3
+    """collect: coins in the grid."""
+    reward: Literal["graded", "all"] = "graded"
+    """collect: the share of the coins taken, or 1 for all of them and else 0."""
     match: Literal["exact", "contains", "number"] = "exact"
     """jsonl: the answer equals the response; is contained in it; or equals its last number."""
 

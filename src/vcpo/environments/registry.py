@@ -13,6 +13,7 @@ from vcpo.errors import ConfigError
 
 BUILT_IN = {
     "maze": "vcpo.environments.maze:Maze",
+    "collect": "vcpo.environments.collect:Collect",
     "sort": "vcpo.environments.sort:Sort",
     "countdown": "vcpo.environments.countdown:Countdown",
     "jsonl": "vcpo.environments.jsonl:JsonLines",

@@ -41,5 +41,5 @@ def draw(index: int, split: Split, propose: Callable[[random.Random], tuple[str,
             return Problem(index, *candidate)
     raise ConfigError(
         f"no {split} problem in {MAX_DRAWS} draws: these [environment] settings allow too few prompts; "
-        "raise environment.size (in a maze, or take fewer environment.walls or more environment.max_turns)"
+        "raise environment.size (on a grid, or take fewer environment.walls or more environment.max_turns)"
     )
