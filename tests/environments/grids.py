@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, permutations
 from typing import Any, Protocol
 
 from vcpo.environments.grid import Layout
@@ -65,24 +66,28 @@ def play(environment: Played, problem: Problem, sampler: ScriptedSampler) -> Tra
     return asyncio.run(run())
 
 
-def hand_problem(prompt: str, later: str = "") -> Problem:
-    """What ``prompt`` describes, and the targets that follow its own."""
-    walls, target, start = prompt.replace(":", ">").split(">")
-    index = LETTERS.index
-    layout = Layout(frozenset(map(index, walls)), index(start), tuple(map(index, target + later)))
-    return Problem(0, prompt, layout)
+def hand_problem(prompt: str) -> Problem:
+    """What ``prompt`` describes."""
+    walls, targets, start = (map(LETTERS.index, part) for part in prompt.replace(":", ">").split(">"))
+    return Problem(0, prompt, Layout(frozenset(walls), next(start), frozenset(targets)))
 
 
 class Twin:
     """A grid read from its prompt, by coordinates."""
 
     def __init__(self, prompt: str, size: int) -> None:
-        walls, rest = prompt.split(">")
-        goal, start = rest.split(":")
+        walls, targets, start = prompt.replace(":", ">").split(">")
         self.size = size
         self.wall_letters = walls
         self.walls = {self.at(letter) for letter in walls}
-        self.goal, self.start = self.at(goal), self.at(start)
+        self.targets = [self.at(letter) for letter in targets]
+        self.start = self.at(start)
+
+    @property
+    def goal(self) -> tuple[int, int]:
+        """The target, where it is the only one."""
+        (goal,) = self.targets
+        return goal
 
     def at(self, letter: str) -> tuple[int, int]:
         place = LETTERS.index(letter)
@@ -97,14 +102,19 @@ class Twin:
         return (row, column) if inside and (row, column) not in self.walls else cell
 
     def shortest(self) -> str | None:
-        """The moves of a shortest path from start to goal."""
-        return self.path(self.start, self.goal)
+        """A shortest walk to all targets: the best of their orders, a shortest path from each to the next."""
+        walks = []
+        for order in permutations(self.targets):
+            paths = [self.path(*leg) for leg in pairwise([self.start, *order])]
+            walks.append(None if None in paths else "".join(filter(None, paths)))
+        return min(filter(None, walks), key=len, default=None)
 
-    def path(self, start: tuple[int, int], goal: tuple[int, int]) -> str | None:
+    def path(self, start: tuple[int, int], end: tuple[int, int]) -> str | None:
+        """A shortest path, breadth-first."""
         queue, seen = deque([(start, "")]), {start}
         while queue:
             cell, path = queue.popleft()
-            if cell == goal:
+            if cell == end:
                 return path
             for move in DELTAS:
                 if (to := self.step(cell, move)) not in seen:

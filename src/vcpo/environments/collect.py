@@ -1,9 +1,9 @@
 """Coins to collect: longer episodes than the maze's, and a reward that can be graded.
 
-A walk on a grid (:mod:`vcpo.environments.grid`) to several targets, the coins, one at a time: a coin lies
-in the grid, and where it is taken the environment names the next one, as in ``bfk>i:aDeD>l:iRj…``.
-``environment.reward`` says what an episode earns: ``graded`` the share of the coins taken, ``all`` 1 for
-every coin, else 0. Full success is 1 under both.
+A walk on a grid (:mod:`vcpo.environments.grid`) over several targets, the coins: in ``bfk>jlp:aDeDiRj…``
+they lie at j, l and p, and reaching a cell takes its coin. ``environment.reward`` says what an episode
+earns: ``graded`` the share of the coins taken, ``all`` 1 for every coin, else 0. Full success is 1 under
+both.
 """
 
 from __future__ import annotations

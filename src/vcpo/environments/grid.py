@@ -1,22 +1,20 @@
-"""Walks on a grid, one token a move, from one target to the next: what maze and collect have in common.
+"""Walks on a grid, one token a move, over cells that are to be reached: what maze and collect share.
 
-Cells of the size × size grid are lettered row by row from ``a``. The prompt ``bfk>i:a`` says: walls at
-b, f and k, the target is i, you are at a. The model emits U, D, L or R, the environment answers with the
-letter of the cell reached, unchanged after a bump or any other token. When that is the target it names
-the next one as the prompt does:
+Cells of the size × size grid are lettered row by row from ``a``. The prompt ``bfk>jp:a`` says: walls at
+b, f and k, targets at j and p, you are at a. The model emits U, D, L or R, the environment answers with
+the letter of the cell reached, unchanged after a bump or any other token, and so on:
 
-    bfk>i:aDeD>l:iRj…
+    bfk>jp:aDeDiRj…
 
-The cell comes last, so that the model reads where it is from the last token at every move, the first
-included. The walk ends at the last target, or with move ``max_turns``.
+The start comes last, so that the model reads the cell it is in from the last token at every move, the
+first included. Targets may be reached in any order, and nothing marks one that was: the model has to
+remember where it has been. The walk ends when all were reached, or with move ``max_turns``.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
 from vcpo.config import EnvironmentConfig
@@ -36,36 +34,22 @@ class Layout(NamedTuple):
 
     walls: frozenset[int]
     start: int
-    targets: tuple[int, ...]
-    """In the order in which they are to be reached; all differ."""
+    targets: frozenset[int]
 
 
 class Walk:
-    """Where a walker is, and how many targets it has reached."""
+    """Where a walker is, and which targets it has not reached yet."""
 
     def __init__(self, layout: Layout) -> None:
-        self.layout, self.cell, self.reached = layout, layout.start, 0
+        self.walls, self.cell, self.left = layout.walls, layout.start, layout.targets
 
-    @property
-    def over(self) -> bool:
-        """Whether the last target was reached."""
-        return self.reached == len(self.layout.targets)
-
-    def announcement(self) -> str:
-        """The target to reach next, and the cell."""
-        return f">{LETTERS[self.layout.targets[self.reached]]}:{LETTERS[self.cell]}"
-
-    def go(self, cell: int) -> str:
-        """Be in ``cell`` now; what the environment answers."""
-        self.cell = cell
-        if cell != self.layout.targets[self.reached]:
-            return LETTERS[cell]
-        self.reached += 1
-        return "" if self.over else self.announcement()
+    def go(self, cell: int) -> None:
+        """Be in ``cell`` now."""
+        self.cell, self.left = cell, self.left - {cell}
 
 
 class GridWalk:
-    """Reach the targets in turn; the grid's graph is worked out once. Subclasses reward the walk."""
+    """Reach every target from the start; the grid's graph is worked out once. Subclasses reward the walk."""
 
     noun: ClassVar[str]
     """What errors call it, such as ``maze``."""
@@ -93,8 +77,7 @@ class GridWalk:
 
     def check_context(self, context_length: int) -> None:
         """Raise ConfigError if an episode of ``max_turns`` moves would not fit."""
-        announced = len(">p:") * (self._targets - 1)
-        needed = self._walls + len(">p:a") + 2 * self._max_turns - 1 + announced
+        needed = self._walls + self._targets + len(">:a") + 2 * self._max_turns - 1
         if needed > context_length:
             raise ConfigError(
                 f"a {self.noun} of {self._walls} walls and {self._max_turns} moves needs {needed} tokens and "
@@ -103,19 +86,19 @@ class GridWalk:
             )
 
     async def reach(self, problem: Problem, episode: Episode) -> int:
-        """Play the walk and count the targets reached. One move is asked for at a time, and answered only
-        if another one follows."""
+        """Play the walk and count the targets reached. One move is asked for at a time; the cell reached is
+        shown only if another move follows."""
         walk = Walk(problem.answer)
         episode.observe(self._encode(problem.prompt))
         for turn in range(1, self._max_turns + 1):
             move = await episode.act(max_tokens=1, stop=frozenset())
             if not move:
                 break
-            answer = walk.go(self._beyond(walk, move[0]))
-            if walk.over or turn == self._max_turns:
+            walk.go(self._beyond(walk, move[0]))
+            if not walk.left or turn == self._max_turns:
                 break
-            episode.observe(self._encode(answer))
-        return walk.reached
+            episode.observe([self._ids[LETTERS[walk.cell]]])
+        return self._targets - len(walk.left)
 
     def demonstrations(self, seed: int) -> Iterator[Demonstration]:
         """Random walks of training problems, whether or not they reach a target: they teach the format and
@@ -133,43 +116,46 @@ class GridWalk:
     def _propose(self, rng: random.Random) -> tuple[str, Layout] | None:
         cells = rng.sample(range(self._size**2), self._walls + 1 + self._targets)
         walls, start, targets = cells[: self._walls], cells[self._walls], cells[self._walls + 1 :]
-        layout = Layout(frozenset(walls), start, tuple(targets))
+        layout = Layout(frozenset(walls), start, frozenset(targets))
         if not self._solvable(layout):
             return None
-        return "".join(LETTERS[wall] for wall in sorted(walls)) + Walk(layout).announcement(), layout
+        return f"{_letters(walls)}>{_letters(targets)}:{LETTERS[start]}", layout
 
     def _solvable(self, layout: Layout) -> bool:
-        """Whether ``max_turns`` moves can reach all targets in turn."""
-        legs = pairwise((layout.start, *layout.targets))
-        return sum(self._distance(layout.walls, *leg) for leg in legs) <= self._max_turns
-
-    def _distance(self, walls: frozenset[int], start: int, goal: int) -> float:
-        """Moves from ``start`` to ``goal``, infinite behind walls: breadth-first, one ring a move."""
-        seen, ring = {start, *walls}, {start}
-        moves = 0
-        while ring and goal not in ring:
-            ring = {to for cell in ring for to in self._neighbours[cell].values()} - seen
+        """Whether ``max_turns`` moves can reach every target: breadth-first over pairs of the cell and the
+        targets left, one ring a move."""
+        ring = {(layout.start, layout.targets)}
+        seen = set(ring)
+        for _ in range(self._max_turns):
+            ring = {
+                (to, left - {to})
+                for cell, left in ring
+                for to in self._neighbours[cell].values()
+                if to not in layout.walls
+            } - seen
+            if any(not left for _, left in ring):
+                return True
             seen |= ring
-            moves += 1
-        return moves if ring else math.inf
+        return False
 
     def _beyond(self, walk: Walk, token: int) -> int:
         """The cell that a sampled token leads to."""
         to = self._neighbours[walk.cell].get(self._move_of.get(token, ""), walk.cell)
-        return walk.cell if to in walk.layout.walls else to
+        return walk.cell if to in walk.walls else to
 
     def _random_walk(self, layout: Layout, rng: random.Random) -> str:
-        """Moves and answers in turn: legal moves, uniform, turning straight back only where it is the only
-        one; no answer to the last move, as in play."""
+        """Moves and cells in turn: legal moves, uniform, turning straight back only where it is the only
+        one; no cell after the last move, as in play."""
         walk, last, text = Walk(layout), "", ""
         for turn in range(1, self._max_turns + 1):
             legal = {m: to for m, to in self._neighbours[walk.cell].items() if to not in layout.walls}
             onward = [m for m in legal if m != REVERSE.get(last)]
             last = rng.choice(onward or list(legal))
-            answer, text = walk.go(legal[last]), text + last
-            if walk.over or turn == self._max_turns:
+            walk.go(legal[last])
+            text += last
+            if not walk.left or turn == self._max_turns:
                 break
-            text += answer
+            text += LETTERS[walk.cell]
         return text
 
     def _check_room(self) -> None:
@@ -195,6 +181,10 @@ class GridWalk:
                 "another model"
             )
         return ids
+
+
+def _letters(cells: Iterable[int]) -> str:
+    return "".join(LETTERS[cell] for cell in sorted(cells))
 
 
 def _neighbours(cell: int, size: int) -> dict[str, int]:
