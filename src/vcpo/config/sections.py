@@ -286,9 +286,9 @@ class PipelineConfig(Section):
     steps: int = Field(default=600, ge=1, le=10**9)
     """Optimizer steps."""
     over_provision: NonNegativeInt = 0
-    """Groups begun beyond those needed: a step takes what is finished, within window; the rest goes on later."""
-    dynamic_sampling: bool = False
-    """Skip groups whose rewards are all equal, and play others in their place."""
+    """Groups begun beyond those needed: a step takes what is finished, within window; the others go on."""
+    dynamic_sampling: bool | None = None
+    """Skip groups whose rewards are all equal, and play others in their place; unset: as the method does."""
 
 
 class EvaluationConfig(Section):
