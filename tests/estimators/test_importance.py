@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vcpo import keep_within, length_normalised_log_weights, log_importance_weights, log_ratios, truncate
 from vcpo.errors import ConfigError, NonFiniteError, VcpoError
+from vcpo.estimators.importance import soften, taper
 
 torch.set_num_threads(1)
 examples = settings(deadline=None, max_examples=60)
@@ -114,3 +115,19 @@ def test_non_finite_log_weight_is_never_limited_in_silence() -> None:
     for limit in (lambda: truncate(values, 8.0), lambda: keep_within(values, 0.5, 2.0)):
         with pytest.raises(NonFiniteError, match="trajectory index 1"):
             limit()
+
+
+def test_tapered_and_softened_weights_by_hand() -> None:
+    """Weights 4, 4, 1/2; the first two above their reference, the last below."""
+    logs, excess = torch.tensor([4.0, 4.0, 0.5]).log(), torch.tensor([0.1, 2.0, -1.0])
+    assert taper(logs, excess).exp().tolist() == pytest.approx([1.0, 1.0, 0.5])
+    assert taper(logs, excess, (0.0, 3.0), (0.75, 1.0)).exp().tolist() == pytest.approx([3.0, 3.0, 0.75])
+    # At its reference a trajectory counts as not above it.
+    assert taper(logs[:1], torch.zeros(1)).exp().tolist() == pytest.approx([1.0])
+    soft = [16 * math.exp(-9), 16 * math.exp(-9), 0.125 * math.exp(1)]
+    assert soften(logs, excess).exp().tolist() == pytest.approx(soft, rel=1e-5)
+    assert soften(torch.tensor([500.0, -900.0]), excess[:2]).exp().tolist() == [0.0, 0.0]
+    with pytest.raises(ConfigError, match="low 2.0 and high 1.0"):
+        taper(logs, excess, (2.0, 1.0))
+    with pytest.raises(NonFiniteError, match="index 1"):
+        soften(torch.tensor([0.0, math.inf]), excess[:2])

@@ -169,3 +169,23 @@ def test_trajectories_without_sampled_tokens_alone_and_beside_others() -> None:
     assert selecting(pack(silent)).shape == (0,)
     rows = pack([*silent, *trajectories()])
     torch.testing.assert_close(selecting(rows), sampled_log_probs(model, rows), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "qwen2.5"])
+@pytest.mark.parametrize("budget", [1, 200, 10**9])
+def test_entropy_and_energy_are_those_of_the_distribution(family: str, budget: int, tmp_path: Path) -> None:
+    """−Σ π log π and ‖onehot(y) − π‖², from all logits, one token at a time, at temperature 0.7."""
+    folder = save_model(family, tmp_path)
+    model = load_policy(str(folder), ModelConfig(context_length=CONTEXT)).model.double()
+    rows = pack(trajectories())
+    asking = TokenLogProbs(model, temperature=0.7, logit_budget=budget)
+    log_probs, (entropies, energies) = asking.with_distributions(rows)
+    torch.testing.assert_close(log_probs, asking(rows))
+    ids = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
+    logits = model(**ids, use_cache=False).logits / 0.7
+    for n, (row, column) in enumerate(zip(rows.action_rows, rows.action_columns, strict=True)):
+        p = logits[row, column - 1].detach().softmax(-1)
+        chosen = torch.nn.functional.one_hot(rows.input_ids[row, column], len(p))
+        assert float(entropies[n]) == pytest.approx(float(-(p * p.log()).sum()), rel=1e-9)
+        assert float(energies[n]) == pytest.approx(float((chosen - p).square().sum()), rel=1e-9)
+    assert not entropies.requires_grad and log_probs.requires_grad
