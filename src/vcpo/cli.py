@@ -275,10 +275,12 @@ def report(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One algorithm, in full.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every algorithm, in full.")] = False,
 ) -> None:
     """List the algorithms, or describe one.
 
-    The description has formula, paper, settings, and departures from the paper.
+    The description has formula, paper, settings, and departures from the paper. A recipe names one as
+    algorithm.name, and may change its parts by other fields of [algorithm].
 
     \b
     vcpo methods
@@ -288,6 +290,9 @@ def methods(
 
     if name is not None:
         typer.echo(get_algorithm(name).describe())
+        return
+    if every:
+        typer.echo("\n\n".join(algorithm.describe() for algorithm in ALGORITHMS.values()))
         return
     width = max(map(len, ALGORITHMS))
     for algorithm in ALGORITHMS.values():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vcpo.algorithms import ALGORITHMS
 from vcpo.cli import app, main
 from vcpo.config import Config, dump_toml, load_config
 from vcpo.errors import UnsupportedLayerError, VcpoError
@@ -190,14 +191,12 @@ def test_config_is_itself_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path:
 
 def test_methods_lists_all_and_describes_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()][:4] == [
-        "vcpo",
-        "grpo",
-        "reinforce",
-        "tis",
-    ]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(ALGORITHMS)
     assert main(["methods", "grpo"]) == 0
     assert capsys.readouterr().out.startswith("grpo: ")
+    assert main(["methods", "--all"]) == 0
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in page, "docs/methods.md ends with what vcpo methods --all prints"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_on_policy_vtrace_with_no_discount_is_gae_with_lambda_one() -> None:
 def test_bad_input_is_named() -> None:
     rewards, mask = torch.ones(2), torch.ones(2, 2, dtype=torch.bool)
     values = torch.zeros(2, 2)
-    with pytest.raises(ConfigError, match="decay is between 0 and 1, got 1.5"):
+    with pytest.raises(ConfigError, match=r"decay is between 0 and 1, got 1\.5"):
         gae(rewards, values, mask, 1.0, 1.5)
     with pytest.raises(ConfigError, match="trace ceiling"):
         vtrace(rewards, values, values, mask, 1.0, 0.5, 1.0)

@@ -127,7 +127,7 @@ def test_tapered_and_softened_weights_by_hand() -> None:
     soft = [16 * math.exp(-9), 16 * math.exp(-9), 0.125 * math.exp(1)]
     assert soften(logs, excess).exp().tolist() == pytest.approx(soft, rel=1e-5)
     assert soften(torch.tensor([500.0, -900.0]), excess[:2]).exp().tolist() == [0.0, 0.0]
-    with pytest.raises(ConfigError, match="low 2.0 and high 1.0"):
+    with pytest.raises(ConfigError, match=r"low 2\.0 and high 1\.0"):
         taper(logs, excess, (2.0, 1.0))
     with pytest.raises(NonFiniteError, match="index 1"):
         soften(torch.tensor([0.0, math.inf]), excess[:2])
