@@ -1,0 +1,164 @@
+"""The experiments behind docs/evidence: which method survives which lag, and why.
+
+    python -m benchmarks.evidence [--quick] [--only NAME,NAME] [--jobs N] [--out FOLDER]
+
+Each study is a comparison (``vcpo compare``) below FOLDER (docs/evidence/data; with --quick runs/evidence), resumed
+where it was stopped: a run whose row is in the study's results.jsonl is not repeated, so the full form can be
+spread over many sittings. --quick takes fewer methods, lags and seeds: a first look, in less than an hour on
+two cores. Studies:
+
+- rates: every method at three learning rates, lag 16, seeds 100 and 101. The rule, stated before anything was
+  run: a method's rate is the one with the best mean final sampled accuracy; among equals the lowest.
+- lag, lag-collect: every method at its rate, over lags and fresh seeds, on two tasks.
+- controls: ESS scaling against a constant rate and against its own factors permuted; OPOB against b = 0.
+- rewards: the task collect with graded rewards and with 0 or 1, for baselines that differ.
+- clipping: {ESS off, of used weights, of untruncated ones} x {sqrt, linear} x truncation {2, 8, none}.
+- ablations: on-policy ratio, group size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from vcpo.algorithms import ALGORITHMS
+from vcpo.compare.command import Grid, compare
+
+DATA = Path("docs/evidence/data")
+QUICK_DATA = Path("runs/evidence")
+RATES = ("2e-4", "4e-4", "8e-4")
+FEW = "vcpo,vcpo-taper,topr,grpo"
+BASELINES = "vcpo,vcpo[algorithm.baseline=zero],vcpo-ess,vcpo-taper,topr,topr[algorithm.baseline=zero],asymre"
+LESS_EVALUATION = ("--evaluation.every", "150", "--evaluation.problems", "128")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison."""
+
+    name: str
+    recipe: str
+    methods: str
+    lags: str
+    seeds: str
+    settings: tuple[str, ...] = ()
+    controls: bool = False
+    tuned: bool = False
+    """Whether methods run at the learning rates that the study ``rates`` has chosen."""
+
+
+def clipping_grid(ceilings: Sequence[str]) -> str:
+    """VCPO with every combination of ESS, rule and ceiling; and PPO's clip with ESS."""
+    scales = ["algorithm.step_scale=off"]
+    scales += [
+        f"algorithm.ess_weights={weights};algorithm.step_scale={rule}"
+        for weights in ("sequence", "used")
+        for rule in ("sqrt", "linear")
+    ]
+    methods = [f"vcpo[algorithm.truncation={ceiling};{scale}]" for ceiling in ceilings for scale in scales]
+    clipped = [f"grpo[algorithm.ess_weights={w};algorithm.step_scale=sqrt]" for w in ("sequence", "used")]
+    return ",".join([*methods, "grpo", *clipped])
+
+
+def at_all_rates(names: Iterable[str]) -> str:
+    return ",".join(f"{name}[learner.learning_rate={rate}]" for name in names for rate in RATES)
+
+
+ALL = ",".join(ALGORITHMS)
+FULL = (
+    Study("rates", "maze", at_all_rates(ALGORITHMS), "16", "100,101", LESS_EVALUATION),
+    Study("lag", "maze", ALL, "0,4,16,64,128", "0-4", LESS_EVALUATION, tuned=True),
+    Study("lag-collect", "collect", ALL, "0,4,16,64,128", "0-4", LESS_EVALUATION, tuned=True),
+    Study("controls", "maze", "vcpo,vcpo-taper", "16,64", "10-14", LESS_EVALUATION, controls=True),
+    Study("rewards-graded", "collect", BASELINES, "16,64", "10-12", LESS_EVALUATION),
+    Study("rewards-all", "collect", BASELINES, "16,64", "10-12",
+          (*LESS_EVALUATION, "--environment.reward", "all")),
+    Study("clipping", "maze", clipping_grid(("2", "8", "1e30")), "16", "10-12", LESS_EVALUATION),
+    Study("ablations", "maze",
+          "vcpo,vcpo[algorithm.on_policy_ratio=0.5],vcpo[algorithm.on_policy_ratio=0.25],"
+          "vcpo[pipeline.group_size=4;pipeline.prompts=32],vcpo[pipeline.group_size=16;pipeline.prompts=8],"
+          "vcpo[pipeline.group_size=32;pipeline.prompts=4]",
+          "16", "10-12", LESS_EVALUATION),
+)  # fmt: skip
+QUICK = (
+    Study("lag", "maze", FEW, "0,16,64", "0,1", LESS_EVALUATION),
+    Study("controls", "maze", "vcpo", "16", "10,", LESS_EVALUATION, controls=True),
+    Study("rewards-graded", "collect", "vcpo,vcpo[algorithm.baseline=zero],vcpo-taper", "16", "10,",
+          LESS_EVALUATION),
+    Study("rewards-all", "collect", "vcpo,vcpo[algorithm.baseline=zero],vcpo-taper", "16", "10,",
+          (*LESS_EVALUATION, "--environment.reward", "all")),
+)  # fmt: skip
+
+
+def best_rates(results: Path) -> dict[str, str]:
+    """A learning rate for every method, by the rule above, from the results of the study ``rates``."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in results.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["status"] == "completed":
+            name, _, rest = row["method"].partition("[")
+            found[name][rest.removeprefix("learner.learning_rate=").rstrip("]")].append(row["accuracy_after"])
+    return {
+        name: min(rates, key=lambda rate: (-statistics.fmean(rates[rate]), float(rate)))
+        for name, rates in found.items()
+    }
+
+
+def at_their_rates(methods: str, rates: dict[str, str]) -> str:
+    """Each method with its learning rate; one without a rate keeps the recipe's."""
+    names = methods.split(",")
+    return ",".join(f"{n}[learner.learning_rate={rates[n]}]" if n in rates else n for n in names)
+
+
+def run(study: Study, folder: Path, jobs: int | None, console: Console) -> bool:
+    """False if it was interrupted."""
+    methods = study.methods
+    tuning = folder / "rates" / "results.jsonl"
+    if study.tuned and tuning.exists():
+        methods = at_their_rates(methods, best_rates(tuning))
+    console.rule(study.name)
+    grid = Grid(
+        recipe=study.recipe,
+        overrides=study.settings,
+        methods=methods,
+        lags=study.lags,
+        seeds=study.seeds,
+        out=folder / study.name,
+        jobs=jobs,
+        controls=study.controls,
+    )
+    outcome = compare(grid, console)
+    console.print(outcome.text, highlight=False)
+    return not outcome.interrupted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer methods, lags and seeds")
+    parser.add_argument("--only", default="", help="studies, by comma")
+    parser.add_argument("--jobs", type=int, help="runs at once; default: as many as cores")
+    parser.add_argument("--out", type=Path, help="where runs and results go")
+    arguments = parser.parse_args()
+    studies = QUICK if arguments.quick else FULL
+    folder = arguments.out or (QUICK_DATA if arguments.quick else DATA)
+    chosen = arguments.only.split(",") if arguments.only else [study.name for study in studies]
+    unknown = set(chosen) - {study.name for study in studies}
+    if unknown:
+        parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in studies)}")
+    for study in studies:
+        if study.name in chosen and not run(study, folder, arguments.jobs, Console()):
+            sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
