@@ -6,9 +6,10 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,12 +17,14 @@ from vcpo.compare.children import Metrics, is_finished, run_cells
 from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import (
     Cell,
+    differences,
     make_grid,
     parse_lags,
     parse_methods,
     parse_seeds,
     refuse_settings_of_the_grid,
 )
+from vcpo.compare.page import PAGE_FILE, write_page
 from vcpo.compare.progress import GridProgress
 from vcpo.compare.results import COMPLETED, FAILED, RESULTS_FILE, Result, result_of, summarise, write_results
 from vcpo.compare.table import TABLE_FILE, rich_table, write_table
@@ -72,7 +75,7 @@ class Outcome:
         counts = f"{self.count(COMPLETED)} completed, {self.failed} failed, {collapsed} collapsed"
         failures = "".join(f"\nfailed: {r.cell}: {r.error}" for r in self.results if r.status == FAILED)
         unfinished = f", {left} unfinished" if left else ""
-        places = f"{self.out}: {RESULTS_FILE}, {TABLE_FILE}"
+        places = f"{self.out}: {RESULTS_FILE}, {TABLE_FILE}, {PAGE_FILE}"
         return f"{len(self.results)} runs: {counts}{unfinished}{failures}\nwritten to {places}"
 
 
@@ -88,7 +91,7 @@ def compare(grid: Grid, console: Console) -> Outcome:
     methods, lags, seeds = parse_methods(grid.methods), parse_lags(grid.lags), parse_seeds(grid.seeds)
     cells = make_grid(base, methods, lags, seeds, grid.out)
     with _locked(grid.out) as lock, _sigterm_is_an_interrupt():
-        comparison = _Comparison(recipe, grid, console, lock)
+        comparison = _Comparison(recipe, differences(recipe, base), grid, console, lock)
         completed = comparison.run("comparison", cells)
         if completed and grid.controls:
             completed = comparison.run_controls()
@@ -96,8 +99,11 @@ def compare(grid: Grid, console: Console) -> Outcome:
 
 
 class _Comparison:
-    def __init__(self, recipe: Config, grid: Grid, console: Console, lock: int) -> None:
-        self._recipe, self._out, self._console, self._lock = recipe, grid.out, console, lock
+    def __init__(
+        self, recipe: Config, settings: Mapping[str, Any], grid: Grid, console: Console, lock: int
+    ) -> None:
+        self._recipe, self._grid, self._console, self._lock = recipe, grid, console, lock
+        self._settings, self._out = settings, grid.out
         self._jobs = grid.jobs or len(os.sched_getaffinity(0))
         self._results: dict[str, Result] = {}
 
@@ -142,7 +148,9 @@ class _Comparison:
     def finish(self, *, interrupted: bool) -> Outcome:
         self._write()
         results = list(self._results.values())
-        self._console.print(rich_table(summarise(results)))
+        summaries = summarise(results)
+        write_page(results, summaries, self._settings, self._grid.recipe, self._out)
+        self._console.print(rich_table(summaries))
         return Outcome(results, self._out, interrupted)
 
 
@@ -176,7 +184,7 @@ def _locked(out: Path) -> Iterator[int]:
     until they have stopped. Raises ConfigError if it is held, or if the folder cannot be made."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+        lock = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
     try:

@@ -20,7 +20,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from vcpo.monitor.statistics import Row, ema, lag_counts, series
 
 INK, GRID, ACCENT, SECOND, THIRD, FOURTH = (f"#0a0b{shade:02x}" for shade in range(1, 7))
+PALETTE = tuple(f"#0c0d{shade:02x}" for shade in range(1, 9))
+"""Placeholders of curves that are one of many; the page has ``--c0`` to ``--c7``."""
 _VARIABLES = {
+    **{placeholder: f"var(--c{i})" for i, placeholder in enumerate(PALETTE)},
     INK: "var(--muted)",
     GRID: "var(--grid)",
     ACCENT: "var(--accent)",
@@ -98,22 +101,31 @@ def _line(
     else:
         axes.plot(steps, values, color=colour, marker="o" if len(values) <= FEW_POINTS else "", markersize=4)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(_ticks(whole=True))
-    axes.yaxis.set_major_locator(_ticks())
+    axes.xaxis.set_major_locator(ticks(whole=True))
+    axes.yaxis.set_major_locator(ticks())
     return True
 
 
-def _geometric(values: Sequence[float], half_life: float) -> list[float]:
+def geometric(values: Sequence[float], half_life: float) -> list[float]:
     """The moving average that a log axis shows straight: one spike does not lift it."""
     return [math.exp(mean) for mean in ema([math.log(value) for value in values], half_life)]
 
 
-def _ticks(*, whole: bool = False) -> MaxNLocator:
+def ticks(*, whole: bool = False) -> MaxNLocator:
     """At most five round steps."""
     return MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole)
 
 
-def _from_zero(axes: Axes, highest: float = 0.0) -> None:
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with round, plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="y", which="minor", size=0)
+
+
+def from_zero(axes: Axes, highest: float = 0.0) -> None:
     """Let the y axis begin at 0, unless there are negative values, and end no lower than ``highest``."""
     low, high = axes.get_ylim()
     axes.set_ylim(low if axes.dataLim.y0 < 0 else 0.0, max(high, highest))
@@ -122,7 +134,7 @@ def _from_zero(axes: Axes, highest: float = 0.0) -> None:
 def reward(rows: Sequence[Row]) -> Draw:
     def draw(axes: Axes) -> bool:
         drawn = curve(axes, rows, "reward", ACCENT)
-        _from_zero(axes)
+        from_zero(axes)
         return drawn
 
     return draw
@@ -134,7 +146,7 @@ def accuracy(rows: Sequence[Row]) -> Draw:
             curve(axes, rows, "greedy_accuracy", ACCENT, smooth=False),
             curve(axes, rows, "accuracy", SECOND, smooth=False),
         ]
-        _from_zero(axes)
+        from_zero(axes)
         return any(drawn)
 
     return draw
@@ -157,13 +169,9 @@ def gradient(rows: Sequence[Row]) -> Draw:
     positive = [row for row in rows if (row.get("grad_norm") or 0) > 0]
 
     def draw(axes: Axes) -> bool:
-        drawn = _line(axes, *series(positive, "grad_norm"), ACCENT, _geometric)
+        drawn = _line(axes, *series(positive, "grad_norm"), ACCENT, geometric)
         if drawn:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(lambda norm, _: f"{norm:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.tick_params(axis="y", which="minor", size=0)
+            log_scale(axes)
         return drawn
 
     return draw
@@ -175,7 +183,7 @@ def divergence(rows: Sequence[Row]) -> Draw:
             curve(axes, rows, "ratio_variance", SECOND),
             curve(axes, rows, "kl", ACCENT),
         ]
-        _from_zero(axes)
+        from_zero(axes)
         return any(drawn)
 
     return draw
@@ -187,8 +195,8 @@ def lag(rows: Sequence[Row]) -> Draw:
             curve(axes, rows, "lag_max", SECOND),
             curve(axes, rows, "lag_mean", ACCENT),
         ]
-        _from_zero(axes, 1.05 * max(1.0, axes.dataLim.y1))
-        axes.yaxis.set_major_locator(_ticks(whole=True))
+        from_zero(axes, 1.05 * max(1.0, axes.dataLim.y1))
+        axes.yaxis.set_major_locator(ticks(whole=True))
         return any(drawn)
 
     return draw

@@ -12,8 +12,8 @@ from vcpo.errors import ConfigError
 def read_step_scales(config: Config) -> tuple[float, ...] | None:
     """The factors of ``algorithm.step_scales``, one a step; None if it is empty.
 
-    Raises ConfigError: no such file, no JSON list of numbers, not ``pipeline.steps`` of them, a factor outside
-    (0, 1].
+    Raises ConfigError: no such file, no JSON list of numbers, not ``pipeline.steps`` of them, a factor
+    outside (0, 1].
     """
     name = config.algorithm.step_scales
     if not name:
