@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcpo.errors import VcpoError
-from vcpo.monitor.statistics import ema, lag_counts, mean, run_totals, series, time_spent, wilson_interval
+from vcpo.monitor.statistics import (
+    ema,
+    lag_counts,
+    mean,
+    run_totals,
+    series,
+    student_interval,
+    student_quantile,
+    time_spent,
+    wilson_interval,
+)
 
 Z95 = 1.959963984540054
 
@@ -133,3 +143,19 @@ def test_totals_by_hand():
     assert totals["tokens_per_second"] == pytest.approx(400 / 5)
     assert (totals["lag_mean"], totals["lag_max"], totals["steps"]) == (1.5, 4, 2)
     assert (totals["ess_ratio_mean"], totals["step_scale_mean"]) == pytest.approx((0.75, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=5e-5)
+    assert student_quantile(0.5, freedom) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_interval_of_a_mean() -> None:
+    """Mean 3, s = sqrt(2.5), t of 4 degrees of freedom 2.7764: 2.7764 · sqrt(2.5 / 5) = 1.9632."""
+    assert student_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-4)
+    assert student_interval([0.7]) == (0.7, 0.7)
+    with pytest.raises(VcpoError):
+        student_interval([])

@@ -149,6 +149,18 @@ def test_the_lag_and_the_seed_matter(runs: Path, straight: Path) -> None:
     assert initial_weights_of(other_lag) == initial_weights_of(straight) != initial_weights_of(other_seed)
 
 
+def test_step_scales_of_a_file_take_the_place_of_the_rule(runs: Path, straight: Path) -> None:
+    """Those that the rule itself chose repeat the run to the bit; others shorten each step as they say."""
+    for name, factors in (("its-own", column(straight, "step_scale")), ("others", [0.5, 0.25] * 4)):
+        (runs / f"{name}.json").write_text(json.dumps(factors))
+        changes = {"algorithm__step_scales": runs / f"{name}.json", "algorithm__step_scale": "off"}
+        tiny_run(runs, name, pipeline__lag=2, pipeline__steps=8, **changes)
+    assert min(column(straight, "step_scale")) < 1, "the rule did nothing: the comparison says nothing"
+    assert weights_of(runs / "its-own") == weights_of(straight)
+    assert column(runs / "others", "step_scale") == [0.5, 0.25] * 4
+    assert column(runs / "others", "learning_rate") == pytest.approx([0.005, 0.0025] * 4)
+
+
 def test_a_warm_started_run_is_deterministic_with_and_without_the_cache(tmp_path: Path, warm: Path) -> None:
     for name, cache in (("cached", "true"), ("uncached", "false")):
         assert train(config_of(tmp_path, name, WARM | {"warm_start.cache": cache}))["completed"]

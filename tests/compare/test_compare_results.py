@@ -1,0 +1,120 @@
+"""Rows, means, controls and the page, from runs written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vcpo.compare.controls import make_controls
+from vcpo.compare.grid import Cell, make_grid, parse_methods
+from vcpo.compare.page import write_page
+from vcpo.compare.results import Result, result_of, summarise, write_results
+from vcpo.compare.table import lines, markdown
+from vcpo.config import Config, load_config
+from vcpo.monitor.sinks import MetricsWriter
+
+RECIPE = load_config("sort")
+SCALES = [0.5, 1.0, 0.25, 0.75]
+
+
+def finished(cell: Cell, after: float, rewards: float | list[float] = 0.5) -> Result:
+    """A run of four steps (or as many as there are rewards) that ended at a greedy accuracy of ``after``."""
+    series = rewards if isinstance(rewards, list) else [rewards] * 4
+    with MetricsWriter(cell.folder) as writer:
+        for step, reward in enumerate(series, start=1):
+            scale = SCALES[(step - 1) % 4]
+            row = {"step": step, "reward": reward, "ess_ratio": scale**2, "step_scale": scale}
+            writer.write(row | {"grad_norm": 2.0, "tokens": 10})
+    summary: dict[str, Any] = {"held_out_problems": 64, "wall_seconds": 7.0}
+    summary |= {f"{kind}accuracy_before": 0.25 for kind in ("", "greedy_")}
+    summary |= {f"{kind}accuracy_after": after for kind in ("", "greedy_")}
+    (cell.folder / "summary.json").write_text(json.dumps(summary))
+    return result_of(cell)
+
+
+def cells_of(out: Path, methods: str, seeds: int, lags: tuple[int, ...] = (8,)) -> list[Cell]:
+    return make_grid(RECIPE, parse_methods(methods), lags, range(seeds), out)
+
+
+def test_means_and_intervals_are_over_completed_seeds(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, "vcpo", 4)
+    results = [finished(cell, after) for cell, after in zip(cells[:3], (0.5, 0.6, 0.7), strict=True)]
+    results.append(result_of(cells[3], "no luck"))
+    (summary,) = summarise(results)
+    mean = summary.mean("greedy_accuracy_after")
+    assert mean is not None
+    # s = 0.1, and t of 2 degrees of freedom at 97.5 % is 4.3027: 4.3027 · 0.1 / sqrt(3) = 0.24842
+    assert (mean.value, mean.low, mean.high) == pytest.approx((0.6, 0.6 - 0.24842, 0.6 + 0.24842), abs=1e-5)
+    (line,) = lines([summary])
+    assert line == ["8", "vcpo", "3, 1 failed", "25.0 % [25, 25]", "60.0 % [35, 85]", "25.0 % [25, 25]",
+                    "60.0 % [35, 85]", "0.469", "0.625", "0 of 4"]  # fmt: skip
+
+
+def test_a_row_says_what_differs_from_the_recipe(tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, "grpo[pipeline.group_size=16]", 1)
+    write_results([result_of(cell, "no luck")], RECIPE, tmp_path)
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert row["overrides"] == {"algorithm.name": "grpo", "pipeline.group_size": 16}
+    assert (row["method"], row["lag"], row["seed"]) == ("grpo[pipeline.group_size=16]", 8, 0)
+    assert (row["status"], row["error"], row["collapsed"]) == ("failed", "no luck", False)
+
+
+def test_controls_have_the_same_mean_or_the_same_factors(tmp_path: Path) -> None:
+    results = [finished(cell, 0.5) for cell in cells_of(tmp_path, "vcpo[learner.learning_rate=0.001],tis", 1)]
+    controls, impossible = make_controls(results, tmp_path)
+    assert impossible == []
+    method = "vcpo[learner.learning_rate=0.001]"
+    assert [c.method for c in controls] == [
+        f"{method}+{c}" for c in ("constant-lr", "permuted", "zero-baseline")
+    ]
+    assert {(c.lag, c.seed, c.control_of) for c in controls} == {(8, 0, results[0].cell.name)}
+    constant, permuted, zero = (control.config for control in controls)
+    assert constant.algorithm.step_scale == "off"
+    assert constant.learner.learning_rate == pytest.approx(0.001 * 0.625)
+    factors = json.loads(Path(permuted.algorithm.step_scales).read_text())
+    assert sorted(factors) == sorted(SCALES) and factors != SCALES
+    assert (permuted.algorithm.step_scale, permuted.learner.learning_rate) == (None, 0.001)
+    assert (zero.algorithm.baseline, zero.algorithm.step_scales) == ("zero", "")
+
+
+def test_a_control_that_the_grid_has_is_not_run_again(tmp_path: Path) -> None:
+    off = "algorithm.step_scale=off"
+    cells = cells_of(tmp_path, f"vcpo[{off}],vcpo[{off};algorithm.baseline=zero]", 1)
+    assert make_controls([finished(cell, 0.5) for cell in cells], tmp_path) == ([], [])
+
+
+def page_of(out: Path, results: list[Result], settings: Config = RECIPE) -> str:
+    return write_page(results, summarise(results), {"pipeline.steps": 40}, "sort", out).read_text()
+
+
+def test_the_page_has_every_figure_and_marks_collapse_and_failure(tmp_path: Path) -> None:
+    """A grid of two methods at two lags, of which one run collapses and one fails after some steps."""
+    cells = cells_of(tmp_path, "vcpo,tis", 2, (0, 8))
+    fall = [0.8] * 40 + [0.0] * 60
+    results = [finished(cell, 0.5, fall if cell is cells[3] else 0.5) for cell in cells[:-1]]
+    with MetricsWriter(cells[-1].folder) as writer:
+        writer.write({"step": 1, "reward": 0.5, "ess_ratio": 0.5, "step_scale": 1.0, "grad_norm": 1.0})
+    results.append(result_of(cells[-1], "no <luck>"))
+    text = page_of(tmp_path, results)
+    over_lags = [f"{kind} accuracy: Final accuracy against policy lag" for kind in ("Greedy", "Sampled")]
+    names = ("Greedy accuracy", "Sampled accuracy", "Reward", "ESS ratio", "Gradient norm", "Step scale")
+    for name in [*over_lags, *(f"{name}: Lag {lag}, over steps" for lag in (0, 8) for name in names)]:
+        assert f'aria-label="{name}"' in text
+    assert "tis, lag 8, seed 1: failed: no &lt;luck&gt;" in text
+    collapsed = results[3]
+    assert collapsed.collapsed_at is not None and 40 < collapsed.collapsed_at < 70
+    assert f"<td>step {collapsed.collapsed_at}</td>" in text
+    for outside in ("http://www", "https://", "<script", "<link", "src="):
+        assert outside not in text.replace('xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace(
+            'xmlns="http://www.w3.org/2000/svg"', ""
+        ), outside
+
+
+def test_a_table_in_markdown_keeps_its_columns_whatever_a_label_has_in_it(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, "vcpo[sampler.options=a|b;sampler.kind=vllm]", 1)
+    header, rule, line = markdown(summarise([result_of(cell) for cell in cells])).splitlines()[:3]
+    assert header.count("|") == rule.count("|") == line.replace("\\|", "").count("|") == 11
+    assert "a\\|b" in line

@@ -1,0 +1,72 @@
+"""A small real grid through the command: run, and gone on with after a part of it was lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vcpo.cli import main
+from vcpo.monitor.sinks import read_metrics
+
+TINY = [
+    "--warm_start.steps=1",
+    "--pipeline.steps=3",
+    "--pipeline.prompts=2",
+    "--pipeline.group_size=2",
+    "--evaluation.every=2",
+    "--evaluation.problems=4",
+    "--evaluation.final_problems=8",
+]
+
+
+def rows_of(out: Path) -> dict[str, dict[str, Any]]:
+    rows = map(json.loads, (out / "results.jsonl").read_text().splitlines())
+    return {row["run"]: row for row in rows}
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "wall_seconds"}
+
+
+def test_a_grid_is_run_once_and_goes_on_where_it_was_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        "compare",
+        "maze",
+        "--methods",
+        "grpo,vcpo",
+        "--lags",
+        "0,2",
+        "--seeds",
+        "1",
+        "--out",
+        str(out),
+    ]
+    assert main([*command, *TINY]) == 0
+    first = rows_of(out)
+    assert list(first) == [f"{name}-lag{lag}-seed0" for name in ("grpo", "vcpo") for lag in (0, 2)]
+    assert {row["status"] for row in first.values()} == {"completed"}
+    for name, row in first.items():
+        metrics = read_metrics(out / "runs" / name)
+        assert [m["lag_mean"] for m in metrics] == [min(m["step"] - 1, row["lag"]) for m in metrics]
+        assert row["ess_ratio_mean"] == pytest.approx(sum(m["ess_ratio"] for m in metrics) / 3)
+        assert row["held_out_problems"] == 8
+
+    lost = "vcpo-lag2-seed0"
+    shutil.rmtree(out / "runs" / lost)
+    (out / "results.jsonl").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*")}
+    capsys.readouterr()
+    assert main([*command, *TINY]) == 0
+    assert "3 of 4 runs are there already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {k: timeless(v) for k, v in rows_of(out).items()} == {k: timeless(v) for k, v in first.items()}
+
+    assert main([*command, *TINY, "--pipeline.steps", "4"]) == 2
+    assert "has a run with other settings (pipeline.steps is now 4)" in capsys.readouterr().err
