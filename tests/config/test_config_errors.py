@@ -112,7 +112,7 @@ def test_missing_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(recipe.parent)
     assert message("maize") == "no recipe 'maize'; did you mean maze?"
     assert message("recipes/sorted.toml") == "no recipe 'recipes/sorted.toml'; did you mean sort?"
-    names = "countdown, countdown-large, gsm8k, jet-rl, jsonl, math, maze, qerl, sort"
+    names = "collect, countdown, countdown-large, gsm8k, jet-rl, jsonl, math, maze, qerl, sort"
     assert message("qq") == f"no recipe 'qq'; recipes that come with vcpo: {names}"
     recipe.write_text("")
     assert (
