@@ -16,7 +16,7 @@ from test_exact_runs import At, Killed, column, config_of, kill, resumed, tiny_r
 from torch import Tensor
 
 from vcpo.config import Config
-from vcpo.errors import WorkerError
+from vcpo.errors import ConfigError, WorkerError
 from vcpo.pipeline.build import build_learner, build_policy, build_rollout_loop
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.services import LearnerService
@@ -217,3 +217,59 @@ def test_an_error_while_groups_are_left_over_ends_the_run_as_itself(
     with pytest.raises(WorkerError, match="no room"):
         train(config_of(tmp_path, "run", BEGUN_BEFORE))
     assert len(steps) == 2
+
+
+# Goldilocks
+
+CHOSEN = {
+    "environment.kind": "worlds:Half",
+    "pipeline.selection": "goldilocks",
+    "pipeline.exploration": 0.0,
+    "pipeline.replay": 12,
+    "pipeline.lag": 0,
+    "pipeline.steps": 10,
+    "pipeline.group_size": 4,
+}
+
+
+def test_the_teacher_finds_the_problems_with_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four candidates, one for each letter, those with an odd number are always solved."""
+    heard = Overheard.of(monkeypatch)
+    assert train(config_of(tmp_path, "run", CHOSEN))["completed"]
+    groups = [group for groups in heard.groups for group in groups]
+    assert [group.problem // 4 for group in groups] == list(range(20)), "each among its own candidates"
+    assert [group.problem % 4 for group in groups[:2]] == [0, 0], "all predictions are equal at first"
+    assert all(group.problem % 2 == 0 for group in groups[12:]), "each odd letter was tried, and left alone"
+    errors, predictions = (column(tmp_path / "run", f"teacher_{key}") for key in ("error", "prediction"))
+    assert predictions[0] == 0.25
+    # What was predicted first was 1/4 for every prompt.
+    spread = [np.sqrt(p * (1 - p)) for g in groups[:2] for p in [np.mean(g.rewards).clip(0, 1)]]
+    assert errors[0] == pytest.approx(np.sqrt(np.mean((0.25 - np.array(spread)) ** 2)), rel=1e-4)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_killed_run_with_a_teacher_resumes_to_the_same_bytes(tmp_path: Path, lag: int) -> None:
+    changes = CHOSEN | {
+        "pipeline.lag": lag,
+        "pipeline.exploration": 0.3,
+        "pipeline.dynamic_sampling": True,
+        "learner.checkpoint_every": 3,
+    }
+    assert train(config_of(tmp_path, "straight", changes))["completed"]
+    with pytest.raises(Killed):
+        train(config_of(tmp_path, "killed", changes), progress=At(8, kill))
+    run, straight = resumed(tmp_path / "killed"), tmp_path / "straight"
+    assert weights_of(run) == weights_of(straight)
+    for key in ("reward", "teacher_error", "teacher_prediction", "skipped_groups"):
+        assert column(run, key) == column(straight, key), key
+    last = [r / "checkpoints" / "step-000010" / "teacher.safetensors" for r in (run, straight)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_a_run_is_not_resumed_with_other_candidates(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, pipeline__steps=1)
+    changes = {"pipeline.steps": 2, "pipeline.selection": "goldilocks"}
+    with pytest.raises(ConfigError, match=r"pipeline\.selection = all, not goldilocks"):
+        train(config_of(tmp_path, "run", changes), resume=run)

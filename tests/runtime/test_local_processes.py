@@ -112,6 +112,15 @@ def test_a_run_from_begin_to_end(tmp_path: Path, notes: Path) -> None:
     assert len({t["folder"] for t in noted(notes, "transfers")}) == 1
 
 
+def test_the_learner_chooses_what_is_played(tmp_path: Path, notes: Path) -> None:
+    """Asked once for every group, while it takes steps too, and heard by the samplers."""
+    changes = {"pipeline__selection": "goldilocks", "runtime__samplers": 2, "pipeline__lag": 2}
+    assert train(config_of(tmp_path, **changes))["completed"]
+    assert sorted(n for row in noted(notes, "chosen") for n in row["numbers"]) == list(range(20))
+    played = sorted((row["group"], row["problem"]) for row in noted(notes, "played"))
+    assert played == [(n, 3 * n + 1) for n in range(20)]
+
+
 def test_warm_start_steps_are_shown(tmp_path: Path) -> None:
     class Listening(SilentProgress):
         heard: list[Any] = []  # noqa: RUF012

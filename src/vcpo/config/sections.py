@@ -289,6 +289,14 @@ class PipelineConfig(Section):
     """Groups begun beyond those needed: a step takes what is finished, within window; the others go on."""
     dynamic_sampling: bool | None = None
     """Skip groups whose rewards are all equal, and play others in their place; unset: as the method does."""
+    selection: Literal["all", "goldilocks"] = "all"
+    """Which problems are played: all in turn, or of some candidates the one a teacher expects most of."""
+    candidates: PositiveInt = 4
+    """Problems of which goldilocks selection chooses one."""
+    exploration: float = Field(default=0.1, ge=0, le=1)
+    """Share of groups for which goldilocks selection chooses at random."""
+    replay: PositiveInt = 512
+    """The last groups trained on, from which the teacher of goldilocks selection learns."""
 
 
 class EvaluationConfig(Section):

@@ -250,6 +250,22 @@ _METRICS = (
         "What a step cost is this plus tokens: compare runs at equal sums.",
     ),
     Metric(
+        "teacher_error",
+        "data",
+        "",
+        "Root mean square error of what the teacher predicted for the step's groups, sqrt(p (1 − p)), before "
+        "it learned from them; only with goldilocks selection.",
+        "Below the deviation of sqrt(p (1 − p)) itself; groups of 16 alone give .1.",
+    ),
+    Metric(
+        "teacher_prediction",
+        "data",
+        "",
+        "Mean of what the teacher predicted for the step's groups, between 0 and ½; only with goldilocks "
+        "selection.",
+        "Near ½: prompts of medium difficulty are found. Near 0: candidates are all too easy or too hard.",
+    ),
+    Metric(
         "tokens", "data", "tokens", "Tokens in the minibatch, prompts and observations included.", "Steady."
     ),
     Metric(

@@ -24,6 +24,8 @@ collect    room for orders that take    every sampler                        nev
            the place of skipped groups
 run        P groups it may take         collect                              runtime.timeout_seconds
 run        the learner's step           the learner                          runtime.timeout_seconds
+both       the learner's choice, where  the learner                          runtime.timeout_seconds
+           problems are selected
 run        the publication before last  every sampler's checksum             runtime.timeout_seconds
 run        an evaluation                every sampler                        runtime.timeout_seconds
 ========== ============================ ==================================== =====================
@@ -93,6 +95,10 @@ class LearnerPort(Protocol):
 
     def send(self, publication: Publication) -> Awaitable[object]:
         """Do the learner's part of a publication, if samplers wait for one."""
+        ...
+
+    async def choose(self, numbers: Sequence[int]) -> list[int]:
+        """Which problem of the training stream each group plays; asked only where problems are selected."""
         ...
 
     async def checkpoint(self, position: dict[str, Any]) -> None: ...
@@ -369,14 +375,23 @@ class Controller:
     async def _order(self) -> None:
         remaining = self.config.pipeline.steps - self.version
         orders: dict[str, list[GroupOrder]] = {s.name: [] for s in self.samplers}
+        missing: list[int] = []
         for number in self.window.admit(remaining * self.config.pipeline.prompts):
             if self.journal.has(number):
                 self._finish(number, self._record_of(number))
-                continue
+            else:
+                missing.append(number)
+        for number, problem in zip(missing, await self._problems(missing), strict=True):
             name = min(self._outstanding, key=lambda n: len(self._outstanding[n]))
             self._outstanding[name].add(number)
-            orders[name].append(GroupOrder(number, self.version))
+            orders[name].append(GroupOrder(number, self.version, problem))
         await asyncio.gather(*(s.order(orders[s.name]) for s in self.samplers if orders[s.name]))
+
+    async def _problems(self, numbers: Sequence[int]) -> Sequence[int | None]:
+        """What groups play; None: the problem of their number."""
+        if self.config.pipeline.selection == "all" or not numbers:
+            return [None] * len(numbers)
+        return await self.learner.choose(numbers)
 
     def _record(self, row: dict[str, Any]) -> None:
         elapsed = time.perf_counter() - self._begun

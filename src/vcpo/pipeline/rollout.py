@@ -46,9 +46,16 @@ class GroupOrder:
     """A group to be played."""
 
     index: int
-    """Its number in the order of admission; also the training problem it plays."""
+    """Its number in the order of admission."""
     version: int
     """The learner's version at admission."""
+    problem: int | None = None
+    """Place of its problem in the run's training stream; None: its number."""
+
+
+def training_index(seed: int, place: int) -> int:
+    """The training problem at ``place`` of a run's stream: different seeds see different streams."""
+    return (seed << 32) + place
 
 
 class RolloutLoop:
@@ -77,7 +84,7 @@ class RolloutLoop:
     async def play_group(self, order: GroupOrder) -> Group:
         """Play all episodes of one prompt."""
         begun = time.perf_counter()
-        index = self.training_index(order.index)
+        index = self.training_index(order.index if order.problem is None else order.problem)
         seeds = [derive_seed(self._seed, order.index, member) for member in range(self._group_size)]
         return Group(
             index=order.index,
@@ -87,9 +94,9 @@ class RolloutLoop:
             admitted_version=order.version,
         )
 
-    def training_index(self, number: int) -> int:
-        """The training problem of group ``number``: runs with different seeds see different streams."""
-        return (self._seed << 32) + number
+    def training_index(self, place: int) -> int:
+        """The training problem at ``place`` of this run's stream."""
+        return training_index(self._seed, place)
 
     async def play_groups(self, orders: Iterable[GroupOrder]) -> list[Group]:
         return await gather_all(self.play_group(order) for order in orders)

@@ -116,7 +116,13 @@ def _refuse_another_run(before: Config, now: Config) -> None:
         raise ConfigError(
             "--resume goes on with the run's own adapters: leave the [lora] settings as they were"
         )
-    for section, field in (("run", "seed"), ("environment", "kind"), ("pipeline", "group_size")):
+    for section, field in (
+        ("run", "seed"),
+        ("environment", "kind"),
+        ("pipeline", "group_size"),
+        ("pipeline", "selection"),
+        ("pipeline", "candidates"),
+    ):
         was, wanted = (getattr(getattr(config, section), field) for config in (before, now))
         if was != wanted:
             raise ConfigError(

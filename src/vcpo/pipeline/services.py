@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vcpo.config import Config
-from vcpo.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from vcpo.learner.checkpoint import latest_checkpoint, load_checkpoint, read_part, save_checkpoint
 from vcpo.learner.learner import Learner
 from vcpo.pipeline.build import (
     WarmStartListener,
@@ -25,6 +25,7 @@ from vcpo.pipeline.build import (
 from vcpo.pipeline.controller import Begun
 from vcpo.pipeline.engines import ENGINES, Share
 from vcpo.pipeline.rollout import GroupOrder, RolloutLoop
+from vcpo.pipeline.selection import Selector
 from vcpo.policy.loading import Policy, load_policy
 from vcpo.policy.lora import merged, with_adapters
 from vcpo.policy.probe import make_probe
@@ -34,6 +35,9 @@ from vcpo.samplers.tasks import gather_all
 from vcpo.trajectory import Group
 from vcpo.weights import Probe, Weights, checksum, weight_tensors, write_adapter
 
+TEACHER = "teacher"
+"""Its part of a checkpoint."""
+
 
 class LearnerService:
     """Owns the policy being trained."""
@@ -42,6 +46,8 @@ class LearnerService:
         self._config, self._run_folder = config, run_folder
         self._policy: Policy
         self._learner: Learner
+        self._selector: Selector | None = None
+        """Chooses problems where the config asks for it."""
         self._rounding: Rounding | None = None
         """What the local sampler makes of the weights."""
 
@@ -59,8 +65,12 @@ class LearnerService:
         self._learner = build_learner(self._config, self._policy, self._run_folder)
         if self._config.sampler.kind == "local":
             self._rounding = Rounding(self._policy.model, self._config.sampler)
+        if self._config.pipeline.selection != "all":
+            self._selector = Selector(self._config, self._policy)
         checkpoint = latest_checkpoint(self._run_folder) if resume else None
         state = load_checkpoint(checkpoint, self._learner) if checkpoint else {}
+        if checkpoint and self._selector is not None:
+            self._selector.teacher.load_state(read_part(checkpoint, TEACHER))
         parameters = sum(p.numel() for p in self._policy.model.parameters())
         return Begun(self._learner.version, source, state.get("position", {}), parameters)
 
@@ -71,7 +81,13 @@ class LearnerService:
         partial.rename(folder)
 
     def step(self, records: Sequence[bytes]) -> dict[str, Any]:
-        return self._learner.step([Group.from_bytes(record) for record in records])
+        groups = [Group.from_bytes(record) for record in records]
+        metrics = self._learner.step(groups)
+        return metrics if self._selector is None else metrics | self._selector.learn(groups)
+
+    def choose(self, numbers: Sequence[int]) -> list[int]:
+        """Which problem of the training stream each of the groups plays."""
+        return list(numbers) if self._selector is None else self._selector.choose(numbers)
 
     def tensors(self) -> dict[str, Tensor]:
         """The current weights: live, not copied."""
@@ -89,7 +105,8 @@ class LearnerService:
         return None if self._config.sampler.kind == "local" else make_probe(self._policy)
 
     def checkpoint(self, position: dict[str, Any]) -> None:
-        save_checkpoint(self._run_folder, self._learner, {"position": position})
+        parts = {} if self._selector is None else {TEACHER: self._selector.teacher.state()}
+        save_checkpoint(self._run_folder, self._learner, {"position": position}, parts)
 
     def export(self, folder: Path) -> None:
         """Write the model in Hugging Face format, adapters merged, and ``adapter`` beside it as PEFT does."""

@@ -153,7 +153,7 @@ def _figures(config: Config, run: RunFolder, parts: Parts, controller: Controlle
 
 
 def window_width(config: Config) -> int:
-    """W; the exact mode is strictly first in, first out, unless more groups are begun than a step waits for."""
+    """W; the exact mode is strictly first in, first out, unless groups are begun beyond those needed."""
     pipeline = config.pipeline
     return pipeline.window if pipeline.mode == "async" or pipeline.over_provision else 1
 

@@ -30,8 +30,8 @@ A group that is skipped is in no step, so skipping can only take groups out of t
 Hence n·P ≤ (S+1)·P + M − 1 + (W−1), so n ≤ S + 1 + ⌊(M+W−2)/P⌋: S for W = 1 and M = 0, and for M = 0 ever
 S + ⌈(W−1)/P⌉, since ⌊(W−2)/P⌋ + 1 = ⌈(W−1)/P⌉. ∎
 
-With S = 0 and M = 0 at most P groups are active, so each step takes all of them, and none is admitted before it is
-complete, but in the place of one that is skipped: the synchronous loop, whatever W.
+With S = 0 and M = 0 at most P groups are active, so each step takes all of them, and none is admitted before
+it is complete, but in the place of one that is skipped: the synchronous loop, whatever W.
 """
 
 from __future__ import annotations

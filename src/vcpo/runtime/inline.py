@@ -55,6 +55,9 @@ class InlineLearner:
     def send(self, publication: Publication) -> Awaitable[object]:
         return asyncio.sleep(0)  # samplers are given the tensors themselves
 
+    async def choose(self, numbers: Sequence[int]) -> list[int]:
+        return self._service.choose(numbers)
+
     async def checkpoint(self, position: dict[str, Any]) -> None:
         self._service.checkpoint(position)
 

@@ -159,6 +159,10 @@ class LocalLearner:
             return asyncio.sleep(0)
         return self._worker.request("broadcast")
 
+    async def choose(self, numbers: Sequence[int]) -> list[int]:
+        header, _ = await self._worker.request("choose", numbers=list(numbers))
+        return header["problems"]
+
     async def checkpoint(self, position: dict[str, Any]) -> None:
         await self._worker.request("checkpoint", position=position)
 
@@ -195,7 +199,7 @@ class LocalSampler:
         return (await request)[0]["checksum"]
 
     async def order(self, orders: Sequence[GroupOrder]) -> None:
-        self._worker.tell("order", orders=[(o.index, o.version) for o in orders])
+        self._worker.tell("order", orders=[(o.index, o.version, o.problem) for o in orders])
         await self._worker.flush()
 
     async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:

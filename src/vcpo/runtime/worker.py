@@ -92,6 +92,9 @@ class LearnerProcess:
         metrics = self._service.step(split_records(header["lengths"], body))
         return {"metrics": metrics, "publication": self._publication()}
 
+    def do_choose(self, header: dict[str, Any], body: bytes) -> Reply:
+        return {"problems": self._service.choose(header["numbers"])}
+
     def do_checkpoint(self, header: dict[str, Any], body: bytes) -> Reply:
         self._service.checkpoint(header["position"])
         return {}
@@ -228,7 +231,7 @@ class SamplerProcess:
         """Begin to play; each finished group is an event, and an error ends the sampler's usefulness."""
         from vcpo.pipeline.rollout import GroupOrder
 
-        orders = [GroupOrder(number, version) for number, version in header["orders"]]
+        orders = [GroupOrder(*order) for order in header["orders"]]
         self._spawn(self._play(orders))
 
     def do_evaluate(self, header: dict[str, Any]) -> None:

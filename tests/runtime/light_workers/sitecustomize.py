@@ -83,6 +83,10 @@ class LightLearner:
             "lag_histogram": {lag: lags.count(lag) for lag in set(lags)},
         }
 
+    def choose(self, numbers: Sequence[int]) -> list[int]:
+        note("chosen", numbers=list(numbers))
+        return [3 * number + 1 for number in numbers]
+
     def probe(self) -> None:
         return None
 
@@ -126,7 +130,7 @@ class LightSampler:
         await asyncio.sleep(0.002 * (1 + order.index % 3))
         sampled = np.array([version])
         trajectory = Trajectory(empty, np.array([True]), empty, sampled, reward=1.0)
-        note("played", group=order.index)
+        note("played", group=order.index, problem=order.problem)
         on_group(order.index, Group(order.index, order.index, (trajectory,) * 2, 0.0, version).to_bytes())
 
     async def publish(self, version: int, weights: dict[str, Any], probe: object) -> str:
