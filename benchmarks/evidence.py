@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence [--quick] [--only NAME,NAME] [--jobs N] [--out FOLDER]
 
-Each study is a comparison (``vcpo compare``) below FOLDER (docs/evidence/data; with --quick runs/evidence), resumed
-where it was stopped: a run whose row is in the study's results.jsonl is not repeated, so the full form can be
+Each study is a comparison (``vcpo compare``) below FOLDER (docs/evidence/data; with --quick runs/evidence),
+resumed where it was stopped: a run whose row is in the study's results.jsonl is not repeated, so the full form can be
 spread over many sittings. --quick takes fewer methods, lags and seeds: a first look, in less than an hour on
 two cores. Studies:
 

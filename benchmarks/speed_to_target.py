@@ -52,7 +52,7 @@ WAYS = [
 
 
 def seconds_to(target: float, rows: list[Row]) -> tuple[float, int] | None:
-    """Seconds of the learner's loop, and steps, up to the first evaluation at ``target``; None without one."""
+    """Seconds of the learner's loop and steps up to the first evaluation at ``target``; None without it."""
     for place, row in enumerate(rows):
         if (row.get("accuracy") or 0.0) >= target:
             return time_spent(rows[: place + 1]).learning, row["step"]

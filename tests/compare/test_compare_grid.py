@@ -81,7 +81,7 @@ def test_a_warm_start_is_shared_by_methods_and_lags_of_a_seed_only() -> None:
         ("vcpo[learner.learning_rate]", "0", "1", "learner.learning_rate needs a value"),
         ("vcpo[learner.learning_rate=1", "0", "1", "write NAME, or NAME["),
         ("vcpo[learner.learning_rat=1]", "0", "1", "did you mean --learner.learning_rate?"),
-        ("grpo[algorithm.truncation=3]", "0,8", "1", "grpo[algorithm.truncation=3] at lag 0: this"),
+        ("grpo[algorithm.truncation=3]", "0,8", "1", "grpo[algorithm.truncation=3] at lag 0: grpo clips"),
         ("vcpo", "0,x", "1", "'x' is no whole number"),
         ("vcpo", "0", "0", "at least one seed"),
         ("vcpo", "0", "5-4", "there is no number in it"),

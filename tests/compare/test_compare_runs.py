@@ -70,3 +70,10 @@ def test_a_grid_is_run_once_and_goes_on_where_it_was_lost(
 
     assert main([*command, *TINY, "--pipeline.steps", "4"]) == 2
     assert "has a run with other settings (pipeline.steps is now 4)" in capsys.readouterr().err
+
+    # Without the runs their rows still count, and rows that are not asked for stay.
+    shutil.rmtree(out / "runs")
+    assert main([*command[:3], "vcpo", *command[4:], *TINY]) == 0
+    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    assert {k: timeless(v) for k, v in rows_of(out).items()} == {k: timeless(v) for k, v in first.items()}
+    assert not (out / "runs").exists() and (out / "compare.html").exists()

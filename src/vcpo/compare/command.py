@@ -26,7 +26,16 @@ from vcpo.compare.grid import (
 )
 from vcpo.compare.page import PAGE_FILE, write_page
 from vcpo.compare.progress import GridProgress
-from vcpo.compare.results import COMPLETED, FAILED, RESULTS_FILE, Result, result_of, summarise, write_results
+from vcpo.compare.results import (
+    COMPLETED,
+    FAILED,
+    RESULTS_FILE,
+    Result,
+    known_results,
+    result_of,
+    summarise,
+    write_results,
+)
 from vcpo.compare.table import TABLE_FILE, rich_table, write_table
 from vcpo.config import Config, apply_overrides, load_config
 from vcpo.errors import ConfigError
@@ -110,7 +119,9 @@ class _Comparison:
     def run(self, title: str, cells: Sequence[Cell]) -> bool:
         """Run those of ``cells`` that are not finished; false if interrupted."""
         finished = {cell.name for cell in cells if is_finished(cell)}
-        self._results |= {cell.name: result_of(cell) for cell in cells}
+        known = known_results((c for c in cells if not c.folder.exists()), self._recipe, self._out)
+        finished |= known.keys()
+        self._results |= {cell.name: result_of(cell) for cell in cells} | known
         waiting = [cell for cell in cells if cell.name not in finished]
         if finished:
             self._console.print(f"{len(finished)} of {len(cells)} runs are there already", highlight=False)

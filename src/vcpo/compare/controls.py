@@ -16,7 +16,6 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from vcpo.compare.grid import Cell, identity, make_cell
 from vcpo.compare.results import COMPLETED, Result
@@ -53,14 +52,24 @@ def _controls(result: Result, out: Path) -> Iterator[tuple[str, Settings]]:
     """Suffix of the label and settings of each control; without figures if the run was not completed."""
     config, done = result.cell.config, result.status == COMPLETED
     algorithm = algorithm_of(config)
-    scales = series(result.rows, "step_scale")[1]
     if algorithm.step_rule != "off" and not config.algorithm.step_scales:
-        rate = config.learner.learning_rate * fmean(scales) if done else config.learner.learning_rate
+        rate = config.learner.learning_rate * (result.figure("step_scale_mean") if done else 1.0)
         yield "constant-lr", (("algorithm.step_scale", "off"), ("learner.learning_rate", rate))
-        factors = write_permuted(scales, result.cell, out) if done else ""
-        yield "permuted", (("algorithm.step_scales", factors),)
+        factors = _permuted(result, out) if done else ""
+        if factors is not None:
+            yield "permuted", (("algorithm.step_scales", factors),)
     if algorithm.baseline.needs_score_norms:
         yield "zero-baseline", (("algorithm.baseline", "zero"),)
+
+
+def _permuted(result: Result, out: Path) -> Path | None:
+    """The permuted factors of a run, written anew; of a run whose metrics are gone, the file that is there,
+    or None if there is none."""
+    scales = series(result.rows, "step_scale")[1]
+    if scales:
+        return write_permuted(scales, result.cell, out)
+    path = out / CONTROLS_FOLDER / f"{result.cell.name}.json"
+    return path if path.exists() else None
 
 
 def write_permuted(scales: Sequence[float], cell: Cell, out: Path) -> Path:

@@ -63,14 +63,13 @@ class Result:
 
     def row(self, recipe: Config) -> dict[str, Any]:
         """The line of results.jsonl."""
-        changed = differences(recipe, self.cell.config)
         return {
             "run": self.cell.name,
             "method": self.cell.method,
             "lag": self.cell.lag,
             "seed": self.cell.seed,
             "control_of": self.cell.control_of or None,
-            "overrides": {k: v for k, v in changed.items() if k == "algorithm.name" or k not in OF_THE_GRID},
+            "overrides": _overrides(recipe, self.cell.config),
             "status": self.status,
             "error": self.error,
             **{key: self.figure(key) for key in _FIGURES},
@@ -96,11 +95,49 @@ def result_of(cell: Cell, error: str | None = None) -> Result:
     return Result(cell, status, error, summary, run.rows, step)
 
 
-def write_results(results: Iterable[Result], recipe: Config, out: Path) -> Path:
-    """Write results.jsonl whole."""
-    path = out / RESULTS_FILE
-    write_atomically(path, "".join(json.dumps(result.row(recipe)) + "\n" for result in results))
+def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str, Result]:
+    """By name, the completed runs of ``cells`` that results.jsonl has with the same settings: what is left of
+    runs whose folders were removed, or are on another machine. They have figures and no metrics."""
+    rows = {row["run"]: row for row in _read_rows(out) if row["status"] == COMPLETED}
+    known = {}
+    for cell in cells:
+        row = rows.get(cell.name)
+        if row is not None and row["overrides"] == _plain(_overrides(recipe, cell.config)):
+            summary = {summary_key: row.get(key) for key, summary_key in _FIGURES.items()}
+            known[cell.name] = Result(cell, COMPLETED, None, summary, (), row["collapsed_at"])
+    return known
+
+
+def write_results(results: Sequence[Result], recipe: Config, out: Path) -> Path:
+    """Write results.jsonl: a row a run, and after them the rows that earlier commands have left of others."""
+    path, names = out / RESULTS_FILE, {result.cell.name for result in results}
+    rows = [result.row(recipe) for result in results]
+    rows += [row for row in _read_rows(out) if row["run"] not in names]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def _read_rows(out: Path) -> list[dict[str, Any]]:
+    """Raises CheckpointError for a file that cannot be read."""
+    path = out / RESULTS_FILE
+    if not path.exists():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [row for row in rows if {"run", "status", "overrides", "collapsed_at"} <= row.keys()]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; move it away to begin anew") from error
+
+
+def _overrides(recipe: Config, config: Config) -> dict[str, Any]:
+    """The settings in which a run differs from the recipe, those left out that every cell has."""
+    changed = differences(recipe, config)
+    return {k: v for k, v in changed.items() if k == "algorithm.name" or k not in OF_THE_GRID}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from JSON."""
+    return json.loads(json.dumps(values))
 
 
 @dataclass(frozen=True)
