@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -49,12 +49,47 @@ def styles_of(results: Sequence[Result]) -> dict[str, Style]:
     styles: dict[str, Style] = {}
     for result in results:
         label = result.cell.method
-        family = label.rpartition("+")[0] if result.cell.control_of else label
+        family = result.cell.family
         if label not in styles:
             colour = colours.setdefault(family, len(colours))
             dash = used[family] = used.get(family, -1) + 1
             styles[label] = Style(colour % len(PALETTE), (dash + colour // len(PALETTE)) % len(DASHES))
     return styles
+
+
+Chart = tuple[str, str, Draw]
+"""Title, subtitle and drawing."""
+
+
+def sections(
+    results: Sequence[Result], summaries: Sequence[Summary], styles: Mapping[str, Style]
+) -> Iterator[tuple[str, list[Chart]]]:
+    """Headings and charts: accuracy at the end over lags, then everything over steps, lag by lag."""
+    how = "held-out, after training; interval over seeds"
+    yield (
+        "Final accuracy against policy lag",
+        [
+            ("Greedy accuracy", how, accuracy_over_lags(summaries, "greedy_accuracy_after", styles)),
+            ("Sampled accuracy", how, accuracy_over_lags(summaries, "accuracy_after", styles)),
+        ],
+    )
+    for lag in sorted({result.cell.lag for result in results}):
+        own = [result for result in results if result.cell.lag == lag]
+        yield f"Lag {lag}, over steps", _charts_over_steps(own, styles)
+
+
+def _charts_over_steps(results: Sequence[Result], styles: Mapping[str, Style]) -> list[Chart]:
+    def ratio(key: str) -> Draw:
+        return over_steps(results, key, styles, highest=1.02)
+
+    return [
+        ("Greedy accuracy", "held-out problems", accuracy_over_steps(results, "greedy_accuracy", styles)),
+        ("Sampled accuracy", "held-out problems", accuracy_over_steps(results, "accuracy", styles)),
+        ("Reward", "of the minibatches, smoothed", over_steps(results, "reward", styles)),
+        ("ESS ratio", "1 is on-policy", ratio("ess_ratio")),
+        ("Gradient norm", "before clipping, log scale", positive_over_steps(results, "grad_norm", styles)),
+        ("Step scale", "factor on the learning rate", ratio("step_scale")),
+    ]
 
 
 def accuracy_over_lags(summaries: Sequence[Summary], key: str, styles: Mapping[str, Style]) -> Draw:

@@ -69,6 +69,11 @@ class Cell:
         return self.config.run.name
 
     @property
+    def family(self) -> str:
+        """The label of the method that this one is, or is a control of."""
+        return self.method.rpartition("+")[0] if self.control_of else self.method
+
+    @property
     def lag(self) -> int:
         return self.config.pipeline.lag
 

@@ -71,67 +71,25 @@ def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _figures(results: Sequence[Result], summaries: Sequence[Summary]) -> list[str]:
+    """A section of charts for the end of the runs, and one for each lag."""
     from vcpo.compare import figures  # matplotlib takes a second to import
     from vcpo.monitor.figures import svg
 
     styles = figures.styles_of(results)
-    keys = [(style.classes, label) for label, style in styles.items()]
-    legend = "".join(f"<span class='key {classes}'>{escape(label)}</span>" for classes, label in keys)
-    at_lags = [
-        (
-            title,
-            "held-out, after training; interval over seeds",
-            figures.accuracy_over_lags(summaries, key, styles),
-        )
-        for key, title in (
-            ("greedy_accuracy_after", "Greedy accuracy"),
-            ("accuracy_after", "Sampled accuracy"),
-        )
-    ]
-    groups = [("Final accuracy against policy lag", at_lags)]
-    for lag in sorted({result.cell.lag for result in results}):
-        own = [result for result in results if result.cell.lag == lag]
-        groups.append((f"Lag {lag}, over steps", _charts_of(own, styles)))
-    sections = []
-    for heading, charts in groups:
+    legend = "".join(
+        f"<span class='key {style.classes}'>{escape(label)}</span>" for label, style in styles.items()
+    )
+    sections = [f"<p class=note>{_MARKS}</p>"]
+    for heading, charts in figures.sections(results, summaries, styles):
         cards = "".join(
             chart(title, subtitle, (), drawing)
             for title, subtitle, draw in charts
             if (drawing := svg(draw, f"{title}: {heading}"))
         )
-        sections.append(
-            f"<h2>{escape(heading)}</h2><p class=legend>{legend}</p><p class=note>{_MARKS}</p>"
-            f"<div class=grid>{cards}</div>"
-            if cards
-            else ""
-        )
+        if cards:
+            top = f"<h2>{escape(heading)}</h2><p class=legend>{legend}</p>"
+            sections.append(f"{top}<div class=grid>{cards}</div>")
     return sections
-
-
-def _charts_of(results: Sequence[Result], styles: Any) -> list[tuple[str, str, Any]]:
-    """Title, subtitle and drawing of the charts of one lag."""
-    from vcpo.compare import figures
-
-    return [
-        (
-            "Greedy accuracy",
-            "held-out problems",
-            figures.accuracy_over_steps(results, "greedy_accuracy", styles),
-        ),
-        ("Sampled accuracy", "held-out problems", figures.accuracy_over_steps(results, "accuracy", styles)),
-        ("Reward", "of the minibatches, smoothed", figures.over_steps(results, "reward", styles)),
-        ("ESS ratio", "1 is on-policy", figures.over_steps(results, "ess_ratio", styles, highest=1.02)),
-        (
-            "Gradient norm",
-            "before clipping, log scale",
-            figures.positive_over_steps(results, "grad_norm", styles),
-        ),
-        (
-            "Step scale",
-            "factor on the learning rate",
-            figures.over_steps(results, "step_scale", styles, highest=1.02),
-        ),
-    ]
 
 
 def _runs(results: Sequence[Result]) -> str:

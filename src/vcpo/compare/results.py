@@ -177,10 +177,10 @@ class Summary:
 
 
 def summarise(results: Iterable[Result]) -> list[Summary]:
-    """Results by lag and method: lags rise, methods stay in the grid's order."""
+    """Results by lag and method: lags rise, methods stay in the grid's order, each before its controls."""
+    results = list(results)
+    families = list(dict.fromkeys(result.cell.family for result in results))
     groups: dict[tuple[int, str], list[Result]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda r: (r.cell.lag, families.index(r.cell.family))):
         groups.setdefault((result.cell.lag, result.cell.method), []).append(result)
-    methods = list(dict.fromkeys(method for _, method in groups))
-    ordered = sorted(groups, key=lambda key: (key[0], methods.index(key[1])))
-    return [Summary(method, lag, groups[lag, method]) for lag, method in ordered]
+    return [Summary(method, lag, members) for (lag, method), members in groups.items()]
