@@ -2,8 +2,8 @@
 
     python -m benchmarks.data_side [--quick] [--json FILE] [--folder FOLDER] [--seeds N] [--repetitions N]
 
-**Accuracy at equal rollout tokens**: ``recipes/maze.toml`` with grpo in exact mode at lag 0, once for each way
-and seed. Tokens are those of all groups that were played, skipped ones too; accuracies are read at quarters
+**Accuracy at equal rollout tokens**: ``recipes/maze.toml`` with grpo in exact mode at lag 0, once a way and
+seed. Tokens are those of all groups that were played, skipped ones too; accuracies are read at quarters
 of the smallest total, each from the last evaluation that had cost no more. A teacher's work is no rollout.
 
 **Rollout throughput with long-tailed lengths** (``benchmarks/long_tail.py``) at lag 0 in one process: tokens
