@@ -27,6 +27,7 @@ def test_names_and_the_default() -> None:
     assert {a.name for a in ALGORITHMS.values() if a.step_rule != "off"} == {
         "vcpo",
         "vcpo-ess",
+        "vcpo-taper",
         "vcpo-clip-higher",
         "vcpo-stapo",
     }

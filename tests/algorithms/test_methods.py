@@ -94,6 +94,7 @@ EXPECTED: dict[str, list[list[float]]] = {
     "vcpo": VCPO,
     "vcpo-ess": [[2, 2], [-0.5 / 3, -0.5 / 3], [-4 / 3, 0]],
     "vcpo-opob": VCPO,
+    "vcpo-taper": [[P, P], [0.5 * N, 0.5 * N], [N, 0]],  # as topr
     "vcpo-clip-higher": [[VCPO[0][0], 0], [0, VCPO[1][1]], VCPO[2]],
     "vcpo-stapo": [[2 * VCPO[0][0], 0], VCPO[1], VCPO[2]],  # one of the two tokens is left
 }

@@ -344,6 +344,22 @@ _VARIANCE_CONTROLLED = (
         source="the ablation of VCPO, arXiv 2602.17616",
         step_rule="off",
     ),
+    Algorithm(
+        name="vcpo-taper",
+        summary="TOPR's tapered weights, the step scaled by the ESS of these",
+        source="this project: TOPR's weights (arXiv 2503.14286) under VCPO's step scale (arXiv 2602.17616); "
+        "docs/evidence/lag.md says what it was found to be worth",
+        importance=Importance(SEQUENCE, Tapered()),
+        normalisation=STD,
+        step_rule="sqrt",
+        ess_weights="used",
+        departures=(
+            "VCPO takes the ESS of untruncated weights: a brake on drift, which tapered weights do not need. "
+            "Here it is of the weights used, an estimate of the variance of the update that is made.",
+            "The baseline is the group's mean: the optimal one moves towards the reward of whatever has large "
+            "weights and scores, and may lie above the mean.",
+        ),
+    ),
     replace(
         _VCPO,
         name="vcpo-clip-higher",
