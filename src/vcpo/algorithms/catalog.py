@@ -347,8 +347,8 @@ _VARIANCE_CONTROLLED = (
     Algorithm(
         name="vcpo-taper",
         summary="TOPR's tapered weights, the step scaled by the ESS of these",
-        source="this project: TOPR's weights (arXiv 2503.14286) under VCPO's step scale (arXiv 2602.17616); "
-        "docs/evidence/lag.md says what it was found to be worth",
+        source="this project: the weights of TOPR (2503.14286) under the step scale of VCPO (2602.17616); "
+        "docs/evidence/lag.md says what it is worth",
         importance=Importance(SEQUENCE, Tapered()),
         normalisation=STD,
         step_rule="sqrt",
