@@ -18,7 +18,7 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
      $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '$(1)'; }
 endef
 
-.PHONY: help install train test test-engines lint clean
+.PHONY: help install train evidence test test-engines lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,11 @@ install: $(VENV)/.installed ## make .venv and install vcpo in it
 
 train: install ## train, evaluate, write the report; make train ARGS="sort --pipeline.lag 4"
 	$(BIN)/vcpo train $(ARGS)
+
+evidence: install ## the quick form of the experiments behind docs/evidence; less than an hour on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence --quick $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bank --quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed_to_target --quick
 
 test: $(VENV)/.installed-test ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)

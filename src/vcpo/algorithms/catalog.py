@@ -356,8 +356,8 @@ _VARIANCE_CONTROLLED = (
         departures=(
             "VCPO takes the ESS of untruncated weights: a brake on drift, which tapered weights do not need. "
             "Here it is of the weights used, an estimate of the variance of the update that is made.",
-            "The baseline is the group's mean: the optimal one moves towards the reward of whatever has large "
-            "weights and scores, and may lie above the mean.",
+            "The baseline is the group's mean: the optimal one moves towards the rewards with large weights and "
+            "scores, and may lie above the mean.",
         ),
     ),
     replace(
