@@ -59,7 +59,7 @@ def evidence(seed: int = 0, spread: float = 1.5) -> Evidence:
 
 def rows(given: Evidence, order: Tensor) -> Evidence:
     known = {f.name: getattr(given, f.name) for f in fields(Evidence)}
-    return Evidence(**{name: value if value is None else value[order] for name, value in known.items()})
+    return replace(given, **{name: value[order] for name, value in known.items() if value is not None})
 
 
 def group_of(given: Evidence, i: int) -> list[int]:

@@ -35,7 +35,7 @@ def recipe(tmp_path: Path) -> Path:
         (["--learning_rate", "1"], "did you mean --learner.learning_rate?"),
         (["--pipeline.beta1", "1"], "did you mean --learner.beta1?"),
         (["--algorithm.normalize", "std"], "did you mean --algorithm.normalise?"),
-        (["--learner.qqq", "1"], "[learner] has learning_rate, weight_decay,"),
+        (["--learner.qqq", "1"], "[learner] has learning_rate, critic_learning_rate, weight_decay,"),
         # values
         (["--pipeline.steps", "many"], "--pipeline.steps is 'many': it must be a whole number, at least 1"),
         (["--pipeline.steps", "1.5"], "--pipeline.steps is '1.5': it must be a whole number, at least 1"),

@@ -107,8 +107,9 @@ def test_a_dump_has_every_field_and_marks_the_unset_ones() -> None:
     assert data["algorithm"]["truncation"] == 8.0
     assert data["run"] == {"name": 'a "b"\\\x7f\n', "folder": "runs", "seed": 0}
     written = {f"{section}.{name}" for section, values in data.items() for name in values}
-    unset = {"algorithm.baseline", "algorithm.normalise", "algorithm.aggregation", "algorithm.step_scale"}
-    unset.add("sampler.probe_tolerance")
+    of_algorithm = "level clip_low clip_high baseline margin normalise aggregation constant_length step_scale"
+    unset = {f"algorithm.{name}" for name in [*of_algorithm.split(), "ess_weights"]}
+    unset |= {"sampler.probe_tolerance", "learner.critic_learning_rate", "pipeline.dynamic_sampling"}
     assert set(SETTINGS) - written == unset
     assert all(f"# {name.partition('.')[2]} is unset" in text for name in unset)
 

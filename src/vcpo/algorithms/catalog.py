@@ -346,7 +346,7 @@ _VARIANCE_CONTROLLED = (
     ),
     Algorithm(
         name="vcpo-taper",
-        summary="TOPR's tapered weights, the step scaled by the ESS of these",
+        summary="TOPR's tapered weights, the step scaled by their ESS",
         source="this project: the weights of TOPR (2503.14286) under the step scale of VCPO (2602.17616); "
         "docs/evidence/lag.md says what it is worth",
         importance=Importance(SEQUENCE, Tapered()),
@@ -356,7 +356,7 @@ _VARIANCE_CONTROLLED = (
         departures=(
             "VCPO takes the ESS of untruncated weights: a brake on drift, which tapered weights do not need. "
             "Here it is of the weights used, an estimate of the variance of the update that is made.",
-            "The baseline is the group's mean: the optimal one moves towards the rewards with large weights and "
+            "The baseline is the group's mean: the optimal one moves towards rewards with large weights and "
             "scores, and may lie above the mean.",
         ),
     ),
