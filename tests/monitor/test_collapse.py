@@ -38,6 +38,13 @@ def test_what_is_no_collapse(rewards: list[float]) -> None:
     assert find_collapse(rows(rewards)) is None
 
 
+def test_a_reward_of_old_policies_does_not_count_against_the_last_one() -> None:
+    fallen = rows([0.8] * 100 + [0.0] * 100, {100: 0.7, 150: 0.2})
+    assert find_collapse(fallen, before=0.6, after=0.36) is None, "more than half of 0.7"
+    assert find_collapse(fallen, before=0.6, after=0.34) == find_collapse(fallen) is not None
+    assert find_collapse(rows([0.8] * 100 + [0.0] * 100), before=0.0, after=0.0) is not None, "tells nothing"
+
+
 def test_an_accuracy_far_below_that_before_is_a_collapse() -> None:
     """n = 100, from .50: the error of the difference to .25 is sqrt(.25 + .1875) / 10 = .066, three are .198;
     .25 is below .302, and has been since step 40."""

@@ -16,8 +16,9 @@ from vcpo.monitor.sinks import write_atomically
 PAGE_FILE = "compare.html"
 
 COLLAPSE_RULE = (
-    "A run has collapsed if its smoothed training reward ended below half of its best, or if its sampled "
-    "accuracy on held-out problems is lower after training than before by more than three standard errors."
+    "A run has collapsed if its smoothed training reward ended below half of its best (and its sampled "
+    "accuracy on held-out problems did too, as far as it is known), or if that accuracy is lower after "
+    "training than before by more than three standard errors."
 )
 
 
