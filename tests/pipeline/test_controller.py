@@ -66,6 +66,9 @@ class FakeLearner:
     def send(self, publication: Publication) -> Awaitable[object]:
         return asyncio.sleep(0)
 
+    async def choose(self, numbers: Sequence[int]) -> list[int]:
+        raise AssertionError("nothing is selected")
+
     async def checkpoint(self, position: dict[str, Any]) -> None:
         self.checkpoints.append((self.version, position))
 
@@ -163,7 +166,7 @@ class Rig:
             learner=learner,
             samplers=fakes,
             arrivals=arrivals,
-            begun=Begun(version, "", position or {}, 0),
+            begun=Begun(version, "", position or {}, 0, bool(config.pipeline.dynamic_sampling)),
             initial=publication_of(version),
             begun_at=0.0,
         )

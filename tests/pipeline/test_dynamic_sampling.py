@@ -16,6 +16,7 @@ from test_controller import Rig, config_of, stop_after
 from vcpo.config import Config
 from vcpo.errors import NonFiniteError
 from vcpo.monitor.sinks import read_metrics
+from vcpo.pipeline.dynamic_sampling import dynamic_sampling
 from vcpo.pipeline.window import lag_bound
 from vcpo.trajectory import Group, Trajectory
 
@@ -124,6 +125,13 @@ def test_without_any_signal_it_gives_up_after_ten_batches_until_there_is_one(
     assert asyncio.run(scenario()) == [*range(20, 31), 51, 52, 53]
     assert [r.message.partition(":")[0] for r in caplog.records] == ["20 groups in a row had equal rewards"]
     assert sum(row["skipped_groups"] for row in read_metrics(tmp_path)) == 40
+
+
+def test_the_method_decides_where_the_config_does_not() -> None:
+    assert [dynamic_sampling(config_of(algorithm__name=name)) for name in ("grpo", "dapo")] == [False, True]
+    overridden = {"pipeline__dynamic_sampling": False, "algorithm__name": "dapo"}
+    assert not dynamic_sampling(config_of(**overridden))
+    assert dynamic_sampling(sifted(algorithm__name="grpo"))
 
 
 def test_an_outline_says_what_the_record_says() -> None:

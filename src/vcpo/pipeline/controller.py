@@ -80,6 +80,8 @@ class Begun:
     position: dict[str, Any]
     """The pipeline's place at the checkpoint that was resumed; empty for a new run."""
     parameters: int
+    dynamic_sampling: bool = False
+    """Whether groups without a signal are skipped: the method may say so, and the learner knows it."""
 
 
 @dataclass(frozen=True)

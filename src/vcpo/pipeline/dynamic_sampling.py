@@ -15,7 +15,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vcpo.algorithms.catalog import get_algorithm
 from vcpo.config import Config
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,10 @@ BATCHES = 10
 
 
 def dynamic_sampling(config: Config) -> bool:
-    """Whether a run of ``config`` skips groups without a signal."""
+    """Whether a run of ``config`` skips groups without a signal. Asked in the learner's process, which has
+    imported torch, as the methods need it."""
+    from vcpo.algorithms.catalog import get_algorithm
+
     chosen = config.pipeline.dynamic_sampling
     return get_algorithm(config.algorithm.name).dynamic_sampling if chosen is None else chosen
 

@@ -23,6 +23,7 @@ from vcpo.pipeline.build import (
     build_rollout_loop,
 )
 from vcpo.pipeline.controller import Begun
+from vcpo.pipeline.dynamic_sampling import dynamic_sampling
 from vcpo.pipeline.engines import ENGINES, Share
 from vcpo.pipeline.rollout import GroupOrder, RolloutLoop
 from vcpo.pipeline.selection import Selector
@@ -72,7 +73,8 @@ class LearnerService:
         if checkpoint and self._selector is not None:
             self._selector.teacher.load_state(read_part(checkpoint, TEACHER))
         parameters = sum(p.numel() for p in self._policy.model.parameters())
-        return Begun(self._learner.version, source, state.get("position", {}), parameters)
+        position, sifts = state.get("position", {}), dynamic_sampling(self._config)
+        return Begun(self._learner.version, source, position, parameters, sifts)
 
     def _save_whole(self, folder: Path) -> None:
         """Save so that a run killed meanwhile leaves the whole folder or none of it."""

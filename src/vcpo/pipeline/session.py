@@ -13,7 +13,7 @@ from vcpo.monitor.progress import Progress
 from vcpo.monitor.sinks import METRICS_FILE, MetricsWriter, read_metrics
 from vcpo.monitor.statistics import run_totals, time_spent, total
 from vcpo.pipeline.controller import Arrivals, Begun, Controller, LearnerPort, Publication, SamplerPort
-from vcpo.pipeline.dynamic_sampling import Sieve, dynamic_sampling
+from vcpo.pipeline.dynamic_sampling import Sieve
 from vcpo.pipeline.evaluation import success_figures
 from vcpo.pipeline.journal import Journal
 from vcpo.pipeline.run_folder import RunFolder
@@ -73,7 +73,7 @@ def make_controller(
             **position,
         ),
         version=parts.begun.version,
-        sieve=Sieve(config.pipeline.prompts, **sieve) if dynamic_sampling(config) else None,
+        sieve=Sieve(config.pipeline.prompts, **sieve) if parts.begun.dynamic_sampling else None,
     )
 
 
