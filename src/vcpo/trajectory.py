@@ -118,10 +118,11 @@ class Group:
         return b"".join(parts)
 
     @staticmethod
-    def outline_of(data: bytes) -> tuple[list[float], int]:
-        """Rewards of a record's trajectories, and how many tokens they have: from the header alone."""
-        members = json.loads(data.partition(b"\n")[0])["trajectories"]
-        return [t["reward"] for t in members], sum(t["length"] for t in members)
+    def outline_of(data: bytes) -> tuple[int, list[float], int]:
+        """Problem, rewards and number of tokens of a record: from its header alone."""
+        header = json.loads(data.partition(b"\n")[0])
+        members = header["trajectories"]
+        return header["problem"], [t["reward"] for t in members], sum(t["length"] for t in members)
 
     @staticmethod
     def from_bytes(data: bytes) -> Group:

@@ -17,7 +17,7 @@ from vcpo.config import Config, load_config
 from vcpo.errors import CheckpointError, NonFiniteError, PublicationError, WorkerError
 from vcpo.monitor.progress import SilentProgress
 from vcpo.monitor.sinks import MetricsWriter, read_metrics
-from vcpo.pipeline.controller import Arrivals, Begun, Controller, Publication, StepResult
+from vcpo.pipeline.controller import Arrivals, Begun, Controller, Outcome, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.session import Parts, make_controller
@@ -51,7 +51,7 @@ class FakeLearner:
     checkpoints: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     fails_at: int | None = None
 
-    async def step(self, records: Sequence[bytes]) -> StepResult:
+    async def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> StepResult:
         for _ in range(self.turns):
             await asyncio.sleep(0)
         if self.version == self.fails_at:
@@ -126,6 +126,7 @@ class FakeSampler:
     async def _play(self, order: GroupOrder) -> None:
         record = {"number": order.index, "served": self.served, "admitted": order.version, "by": self.name}
         rewards = (1, 1) if self.barren(order.index) else (0, 1)
+        record["problem"] = order.index
         record["trajectories"] = [{"length": 3 + order.index, "reward": reward} for reward in rewards]
         await self._idle(self.slowest)
         if order.index not in self.lost:

@@ -63,10 +63,10 @@ def test_what_is_skipped_while_the_learner_steps_is_replaced_meanwhile(tmp_path:
         rig = Rig.build(tmp_path, sifted(pipeline__lag=1), barren=lambda n: 2 <= n < 8)
         step = rig.learner.step
 
-        async def patient(records: Any) -> Any:
+        async def patient(records: Any, skipped: Any = ()) -> Any:
             while rig.learner.version == 0 and len(rig.samplers[0].ordered) < 10:
                 await asyncio.sleep(0)
-            return await step(records)
+            return await step(records, skipped)
 
         rig.learner.step = patient
         await asyncio.wait_for(rig.run(), 5)
@@ -149,4 +149,4 @@ def test_an_outline_says_what_the_record_says() -> None:
             for n in (4, 9, 2)
         ),
     )
-    assert Group.outline_of(group.to_bytes()) == (group.rewards, 15)
+    assert Group.outline_of(group.to_bytes()) == (4, group.rewards, 15)

@@ -118,15 +118,19 @@ class Overheard:
 
     groups: list[list[Group]] = field(default_factory=list)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
+    skipped: list[list[tuple[int, float]]] = field(default_factory=list)
 
     @staticmethod
     def of(monkeypatch: pytest.MonkeyPatch) -> Overheard:
         heard, step = Overheard(), LearnerService.step
 
-        def listening(service: LearnerService, records: Sequence[bytes]) -> dict[str, Any]:
+        def listening(
+            service: LearnerService, records: Sequence[bytes], skipped: Sequence[tuple[int, float]] = ()
+        ) -> dict[str, Any]:
             heard.groups.append([Group.from_bytes(record) for record in records])
             heard.weights.append({name: t.clone() for name, t in service.tensors().items()})
-            return step(service, records)
+            heard.skipped.append(list(skipped))
+            return step(service, records, skipped)
 
         monkeypatch.setattr(LearnerService, "step", listening)
         return heard
@@ -204,11 +208,11 @@ def test_an_error_while_groups_are_left_over_ends_the_run_as_itself(
 ) -> None:
     step, steps = LearnerService.step, []
 
-    def breaking(service: LearnerService, records: Sequence[bytes]) -> dict[str, Any]:
+    def breaking(service: LearnerService, records: Sequence[bytes], skipped: Any) -> dict[str, Any]:
         steps.append(1)
         if len(steps) == 2:
             monkeypatch.setattr(LocalSampler, "_tick", broken)
-        return step(service, records)
+        return step(service, records, skipped)
 
     def broken(sampler: LocalSampler) -> None:
         raise MemoryError("no room")
@@ -247,6 +251,16 @@ def test_the_teacher_finds_the_problems_with_a_signal(
     # What was predicted first was 1/4 for every prompt.
     spread = [np.sqrt(p * (1 - p)) for g in groups[:2] for p in [np.mean(g.rewards).clip(0, 1)]]
     assert errors[0] == pytest.approx(np.sqrt(np.mean((0.25 - np.array(spread)) ** 2)), rel=1e-4)
+
+
+def test_a_teacher_hears_of_groups_that_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of odd letters, which it could not learn to avoid from what is trained on."""
+    heard = Overheard.of(monkeypatch)
+    assert train(config_of(tmp_path, "run", CHOSEN | {"pipeline.dynamic_sampling": True}))["completed"]
+    skipped = [outcome for outcomes in heard.skipped for outcome in outcomes]
+    assert len(skipped) == sum(column(tmp_path / "run", "skipped_groups")) > 0
+    assert {(problem % 2, reward) for problem, reward in skipped} == {(1, 1.0)}
+    assert sum(map(len, heard.skipped[4:])) <= 2, "it has learned"
 
 
 @pytest.mark.parametrize("lag", [0, 2])

@@ -296,7 +296,7 @@ class PipelineConfig(Section):
     exploration: float = Field(default=0.1, ge=0, le=1)
     """Share of groups for which goldilocks selection chooses at random."""
     replay: PositiveInt = 512
-    """The last groups trained on, from which the teacher of goldilocks selection learns."""
+    """The last groups, skipped ones too, from which the teacher of goldilocks selection learns."""
 
 
 class EvaluationConfig(Section):

@@ -80,7 +80,7 @@ class Teacher:
         return self._predicted(self._standardized(states))
 
     def learn(self, states: Float[Tensor, "B D"], mean_rewards: Sequence[float]) -> dict[str, float]:
-        """Learn from groups just trained on; how well they had been predicted, as metrics of the step."""
+        """Learn from groups just played; how well they had been predicted, as metrics of the step."""
         p = torch.tensor(mean_rewards, dtype=torch.float32).clamp(0, 1)
         targets = (p * (1 - p)).sqrt()
         predictions = self.predict(states)

@@ -253,15 +253,15 @@ _METRICS = (
         "teacher_error",
         "data",
         "",
-        "Root mean square error of what the teacher predicted for the step's groups, sqrt(p (1 − p)), before "
-        "it learned from them; only with goldilocks selection.",
+        "Root mean square error of what the teacher predicted for the step's groups and those skipped before "
+        "it, sqrt(p (1 − p)), before it learned from them; only with goldilocks selection.",
         "Below the deviation of sqrt(p (1 − p)) itself; groups of 16 alone give .1.",
     ),
     Metric(
         "teacher_prediction",
         "data",
         "",
-        "Mean of what the teacher predicted for the step's groups, between 0 and ½; only with goldilocks "
+        "Mean of what the teacher predicted for the same groups, between 0 and ½; only with goldilocks "
         "selection.",
         "Near ½: prompts of medium difficulty are found. Near 0: candidates are all too easy or too hard.",
     ),

@@ -41,7 +41,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,10 +90,17 @@ class StepResult:
     publication: Publication
 
 
+Outcome = tuple[int, float]
+"""(a problem, the mean reward of its group)."""
+
+
 class LearnerPort(Protocol):
     """The learner, wherever it lives."""
 
-    async def step(self, records: Sequence[bytes]) -> StepResult: ...
+    async def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> StepResult:
+        """Train on groups. ``skipped``: what became of those skipped since the step before, where problems
+        are selected."""
+        ...
 
     def send(self, publication: Publication) -> Awaitable[object]:
         """Do the learner's part of a publication, if samplers wait for one."""
@@ -151,6 +158,8 @@ class Controller:
     version: int = 0
     sieve: Sieve | None = None
     """Says which finished groups are trained on; None: all."""
+    unheard: list[Outcome] = field(default_factory=list)
+    """Of skipped groups that the learner has not heard of; kept where problems are selected."""
 
     def __post_init__(self) -> None:
         self._outstanding: dict[str, set[int]] = {s.name: set() for s in self.samplers}
@@ -160,8 +169,8 @@ class Controller:
         self._published: asyncio.Future[Any] | None = None
         self._begun = time.perf_counter()
         self._last_accuracy: dict[str, float] = {}
-        self._unsifted: dict[int, tuple[list[float], int]] = {}
-        """Finished groups that the sieve has not seen: rewards and tokens."""
+        self._unsifted: dict[int, tuple[int, list[float], int]] = {}
+        """Finished groups that the sieve has not seen: problem, rewards, tokens."""
         self._skipped: list[int] = []
         """Since the last checkpoint."""
         self._skipped_groups = self._skipped_tokens = 0
@@ -210,13 +219,15 @@ class Controller:
         """Let finished groups into the window, or skip them, in their order; true if one was skipped."""
         waiting, self._unsifted = self._unsifted, {}
         skipped: list[int] = []
-        for number, (rewards, tokens) in sorted(waiting.items()):
+        for number, (problem, rewards, tokens) in sorted(waiting.items()):
             if self.sieve is None or self.sieve.keeps(number, rewards):
                 self.window.finish(number)
                 continue
             self.window.skip(number)
             self._skipped_tokens += tokens
             skipped.append(number)
+            if self._selects:
+                self.unheard.append((problem, sum(rewards) / len(rewards)))
         self._skipped += skipped
         self._skipped_groups += len(skipped)
         return bool(skipped)
@@ -253,9 +264,14 @@ class Controller:
         self.journal.forget_before(self.version, skipped)
 
     def _position(self) -> dict[str, Any]:
-        """Where to resume: of the window, and under ``sieve`` of the sieve."""
+        """Where to resume: of the window, under ``sieve`` of the sieve, and what the learner has not heard."""
         sieve = {} if self.sieve is None else {"sieve": self.sieve.position()}
-        return self.window.position() | sieve
+        unheard = {"unheard": list(self.unheard)} if self._selects else {}
+        return self.window.position() | sieve | unheard
+
+    @property
+    def _selects(self) -> bool:
+        return self.config.pipeline.selection != "all"
 
     async def evaluate(self, problems: int, *, greedy: bool) -> list[float]:
         """Rewards on the first held-out problems, shared out among the samplers."""
@@ -295,7 +311,8 @@ class Controller:
         records = [self._record_of(number) for number in taken]
         begun = time.perf_counter()
         self.journal.mark(taken, self.version)
-        result = await self.learner.step(records)
+        skipped, self.unheard = self.unheard, []
+        result = await self.learner.step(records, skipped)
         published = time.perf_counter()
         await self._publish(result.publication)
         self.window.complete()
@@ -391,9 +408,7 @@ class Controller:
 
     async def _problems(self, numbers: Sequence[int]) -> Sequence[int | None]:
         """What groups play; None: the problem of their number."""
-        if self.config.pipeline.selection == "all" or not numbers:
-            return [None] * len(numbers)
-        return await self.learner.choose(numbers)
+        return await self.learner.choose(numbers) if self._selects and numbers else [None] * len(numbers)
 
     def _record(self, row: dict[str, Any]) -> None:
         elapsed = time.perf_counter() - self._begun

@@ -22,7 +22,6 @@ from vcpo.pipeline.build import build_environment
 from vcpo.pipeline.rollout import training_index
 from vcpo.policy.loading import Policy
 from vcpo.samplers.random import derive_seed
-from vcpo.trajectory import Group
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +41,11 @@ class Selector:
         """The place in the training stream of the problem that each of the groups plays."""
         return [self._choose(number) for number in numbers]
 
-    def learn(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Learn from groups just trained on; metrics of the step."""
-        prompts = [self._prompt(group.problem) for group in groups]
-        known = [(prompt, group) for prompt, group in zip(prompts, groups, strict=True) if prompt]
+    def learn(self, outcomes: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Learn from (problem, mean reward) of groups just played; metrics of the step."""
+        known = [(prompt, mean) for problem, mean in outcomes if (prompt := self._prompt(problem))]
         states = self.teacher.states([prompt for prompt, _ in known])
-        means = [sum(group.rewards) / len(group.rewards) for _, group in known]
-        return self.teacher.learn(states, means) if known else {}
+        return self.teacher.learn(states, [mean for _, mean in known]) if known else {}
 
     def _choose(self, number: int) -> int:
         first = number * self._candidates

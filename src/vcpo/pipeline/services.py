@@ -22,7 +22,7 @@ from vcpo.pipeline.build import (
     build_policy,
     build_rollout_loop,
 )
-from vcpo.pipeline.controller import Begun
+from vcpo.pipeline.controller import Begun, Outcome
 from vcpo.pipeline.dynamic_sampling import dynamic_sampling
 from vcpo.pipeline.engines import ENGINES, Share
 from vcpo.pipeline.rollout import GroupOrder, RolloutLoop
@@ -82,10 +82,14 @@ class LearnerService:
         self._policy.save(partial)
         partial.rename(folder)
 
-    def step(self, records: Sequence[bytes]) -> dict[str, Any]:
+    def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> dict[str, Any]:
+        """Train on groups; a teacher hears of those that were ``skipped`` too."""
         groups = [Group.from_bytes(record) for record in records]
         metrics = self._learner.step(groups)
-        return metrics if self._selector is None else metrics | self._selector.learn(groups)
+        if self._selector is None:
+            return metrics
+        trained = [(group.problem, sum(group.rewards) / len(group.rewards)) for group in groups]
+        return metrics | self._selector.learn([*trained, *skipped])
 
     def choose(self, numbers: Sequence[int]) -> list[int]:
         """Which problem of the training stream each of the groups plays."""

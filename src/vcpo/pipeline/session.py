@@ -57,6 +57,7 @@ def make_controller(
     journal.rewind(parts.begun.version)
     position = dict(parts.begun.position)
     sieve = position.pop("sieve", {})  # also there if dynamic sampling was switched off since
+    unheard = [(problem, reward) for problem, reward in position.pop("unheard", [])]
     return Controller(
         config=config,
         learner=parts.learner,
@@ -74,6 +75,7 @@ def make_controller(
         ),
         version=parts.begun.version,
         sieve=Sieve(config.pipeline.prompts, **sieve) if parts.begun.dynamic_sampling else None,
+        unheard=unheard,
     )
 
 

@@ -25,7 +25,7 @@ import torch
 
 from vcpo.config import Config
 from vcpo.monitor.progress import Progress
-from vcpo.pipeline.controller import Arrivals, Controller, Publication, StepResult
+from vcpo.pipeline.controller import Arrivals, Controller, Outcome, Publication, StepResult
 from vcpo.pipeline.engines import Share
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
@@ -41,8 +41,8 @@ class InlineLearner:
     def __init__(self, service: LearnerService) -> None:
         self._service = service
 
-    async def step(self, records: Sequence[bytes]) -> StepResult:
-        metrics = self._service.step(records)
+    async def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> StepResult:
+        metrics = self._service.step(records, skipped)
         return StepResult(metrics, self.publication())
 
     def publication(self) -> Publication:

@@ -33,7 +33,7 @@ from vcpo import errors
 from vcpo.config import Config
 from vcpo.errors import VcpoError, WorkerError
 from vcpo.monitor.progress import Progress
-from vcpo.pipeline.controller import Arrivals, Begun, Controller, Publication, StepResult
+from vcpo.pipeline.controller import Arrivals, Begun, Controller, Outcome, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
@@ -149,9 +149,9 @@ class LocalLearner:
     def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker
 
-    async def step(self, records: Sequence[bytes]) -> StepResult:
+    async def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> StepResult:
         lengths, body = join_records(list(records))
-        header, _ = await self._worker.request("step", body, lengths=lengths)
+        header, _ = await self._worker.request("step", body, lengths=lengths, skipped=list(skipped))
         return StepResult(_metrics(header["metrics"]), Publication(**header["publication"]))
 
     def send(self, publication: Publication) -> Awaitable[object]:

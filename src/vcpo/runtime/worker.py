@@ -89,7 +89,8 @@ class LearnerProcess:
         return {"begun": vars(begun), "publication": self._publication()}
 
     def do_step(self, header: dict[str, Any], body: bytes) -> Reply:
-        metrics = self._service.step(split_records(header["lengths"], body))
+        skipped = [(problem, reward) for problem, reward in header["skipped"]]
+        metrics = self._service.step(split_records(header["lengths"], body), skipped)
         return {"metrics": metrics, "publication": self._publication()}
 
     def do_choose(self, header: dict[str, Any], body: bytes) -> Reply:

@@ -67,7 +67,7 @@ class LightLearner:
         self._version = state.get("version", 0)
         return Begun(self._version, "light", state.get("position", {}), 1)
 
-    def step(self, records: Sequence[bytes]) -> dict[str, Any]:
+    def step(self, records: Sequence[bytes], skipped: Sequence[tuple[int, float]] = ()) -> dict[str, Any]:
         from vcpo.trajectory import Group
 
         if self._version == 3:
