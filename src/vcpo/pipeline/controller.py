@@ -264,7 +264,7 @@ class Controller:
         self.journal.forget_before(self.version, skipped)
 
     def _position(self) -> dict[str, Any]:
-        """Where to resume: of the window, under ``sieve`` of the sieve, and what the learner has not heard."""
+        """Where to resume: of the window, of the sieve, and what the learner has not heard of."""
         sieve = {} if self.sieve is None else {"sieve": self.sieve.position()}
         unheard = {"unheard": list(self.unheard)} if self._selects else {}
         return self.window.position() | sieve | unheard
