@@ -159,3 +159,13 @@ def test_overlong_answers_lose_up_to_one() -> None:
     shaped = get_algorithm("dapo").shaped_rewards(torch.ones(5), torch.tensor([0, 16, 17, 20, 25]), 20)
     assert shaped.tolist() == pytest.approx([1, 1, 0.75, 0, 0])
     assert get_algorithm("grpo").shaped_rewards(torch.ones(1), torch.tensor([25]), 20).tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["mis", "mis-token", "mis-geometric", "grpo", "dapo", "gspo", "m2po"])
+def test_a_weight_that_is_left_out_may_be_too_large_for_any_number(name: str) -> None:
+    given = evidence()
+    behaviour = given.behaviour_log_probs.clone()
+    behaviour[0, 0] -= 1000.0  # a token of the success: PPO's clip stops it too
+    coefficients = get_algorithm(name).update(replace(given, behaviour_log_probs=behaviour)).coefficients
+    assert coefficients[0, 0] == 0 and coefficients.isfinite().all()
+    assert coefficients[1, 1] == pytest.approx(EXPECTED[name][1][1], rel=3e-5)

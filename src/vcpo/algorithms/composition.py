@@ -152,14 +152,17 @@ class Algorithm:
         weights, limited = self.importance(evidence)
         credit = self.baseline(evidence, weights)
         advantages = self.normalisation.apply(credit.advantages, evidence)
-        coefficients = policy_gradient_coefficients(weights, advantages, evidence.mask)
         inside = evidence.mask.bool()
+        kept = inside
+        factors: Tensor | float = 1.0
         for mask in self.token_masks:
-            kept = mask(evidence, self.importance.level, advantages)
-            coefficients = torch.where(kept, coefficients, 0.0)
+            own = mask(evidence, self.importance.level, advantages)
             if mask.renormalises:
-                coefficients = coefficients * self.aggregation.renormalise(kept, inside).to(coefficients)
-            limited = inside & ((limited if limited.dim() == 2 else limited[:, None]) | ~kept)
+                factors = factors * self.aggregation.renormalise(own, inside).to(advantages)
+            limited = inside & ((limited if limited.dim() == 2 else limited[:, None]) | ~own)
+            kept = kept & own
+        # Of kept tokens alone: a weight that is left out may be too large for any number.
+        coefficients = policy_gradient_coefficients(weights, advantages, kept) * factors
         penalty = self.penalty(evidence)
         return Update(
             coefficients=coefficients if penalty is None else coefficients + penalty,
