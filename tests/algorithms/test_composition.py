@@ -176,6 +176,20 @@ def test_equal_rewards_move_nothing(name: str) -> None:
     assert not update.coefficients.any() and not update.advantages.any()
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("topr", {"baseline": "zero"}, 0.75),
+        ("asymre", {"normalise": "std"}, 0.1),
+        ("dapo", {"baseline": "zero"}, 0.75),
+    ],
+)
+def test_equal_rewards_are_not_divided_by_their_deviation(name: str, settings: Any, expected: float) -> None:
+    given = replace(evidence(), rewards=torch.full((B,), 0.75))
+    update = get_algorithm(name).with_overrides(recipe(**settings)).update(given)
+    assert update.advantages.tolist() == pytest.approx([expected] * B)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_broken_policy_is_named(name: str) -> None:
     given = evidence()

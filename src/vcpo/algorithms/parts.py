@@ -447,8 +447,11 @@ def _unchanged(advantages: Tensor, evidence: Evidence) -> Tensor:
 
 
 def _over_std(advantages: Tensor, evidence: Evidence) -> Tensor:
-    deviation = baselines.group_std(evidence.rewards, evidence.groups) + STD_EPSILON
-    return advantages / (deviation if advantages.dim() == 1 else deviation[:, None])
+    """Where a group's rewards are equal, an advantage that is not 0 (of a baseline beside their mean) stays as
+    it is: divided by the epsilon it would be 10⁶ times every other."""
+    deviation = baselines.group_std(evidence.rewards, evidence.groups)
+    divisor = torch.where(deviation > 0, deviation + STD_EPSILON, 1.0)
+    return advantages / (divisor if advantages.dim() == 1 else divisor[:, None])
 
 
 NO_NORMALISATION = Normalisation("none", "A = R − b", _unchanged)
