@@ -260,6 +260,18 @@ def test_baseline_and_normalisation_override(baseline, normalise) -> None:
         ("rloo", recipe(truncation=2.0)),
         ("tis", recipe(clip_high=0.3)),
         ("tis", recipe(margin=0.2)),
+        ("vcpo", recipe(baseline="group-mean", margin=0.2)),
+        ("vcpo", recipe(constant_length=64)),
+        ("topr", recipe(truncation=2.0)),
+        ("vespo", recipe(truncation=2.0)),
+        ("p3o", recipe(truncation=2.0)),
+        ("decoupled-ppo", recipe(truncation=2.0)),
+        ("topr", recipe(level="token")),
+        ("topr", recipe(level="none")),
+        ("decoupled-ppo", recipe(level="sequence")),
+        ("p3o", recipe(level="sequence")),
+        ("mis", recipe(level="none")),
+        ("ppo", recipe(normalise="std")),
     ],
 )
 def test_contradicting_overrides(name: str, config: AlgorithmConfig) -> None:

@@ -95,6 +95,15 @@ class Algorithm:
                 f"{self.name}: the {self.baseline.name} baseline needs one weight a trajectory, and this "
                 "algorithm weighs every token; choose another algorithm.baseline or algorithm.level"
             )
+        if self.needs_values and self.normalisation is not parts.NO_NORMALISATION:
+            raise ConfigError(
+                f"{self.name}: advantages of a critic are not divided by the deviation of a group; leave "
+                "algorithm.normalise unset, or set algorithm.baseline"
+            )
+        if not self.importance.level.corrects and any(isinstance(m, parts.Within) for m in self.token_masks):
+            raise ConfigError(
+                f"{self.name}: without importance weights none is too large; set another algorithm.level"
+            )
         if any(clip.level is None for clip in self._clips):
             if not self.importance.level.corrects:
                 raise ConfigError(f"{self.name}: without importance weights there is nothing to clip")
@@ -203,20 +212,27 @@ class Algorithm:
         if config.level is not None:
             importance = replace(importance, level=parts.LEVELS[config.level])
         if config.truncation is not None:
+            if not isinstance(importance.shape, parts.Whole | parts.Truncated):
+                raise ConfigError(
+                    f"{self.name} shapes its weights otherwise ({importance.shape.formula}): leave "
+                    "algorithm.truncation unset"
+                )
             importance = replace(importance, shape=parts.Truncated(config.truncation))
         if importance is not self.importance:
             changes["importance"] = importance
-        if config.baseline is not None:
-            margin = parts.MARGIN if config.margin is None else config.margin
-            changes["baseline"] = parts.baseline_named(config.baseline, margin)
-        elif config.margin is not None:
-            changes["baseline"] = self._with_margin(config.margin)
+        if config.baseline is not None or config.margin is not None:
+            changes["baseline"] = self._with_baseline(config.baseline or self.baseline.name, config.margin)
         if config.normalise is not None:
             changes["normalisation"] = parts.NORMALISATIONS[config.normalise]
         if config.clip_low is not None or config.clip_high is not None:
             changes["token_masks"] = self._with_clip(config.clip_low, config.clip_high)
         name = config.aggregation or self.aggregation.name
-        if config.aggregation is not None or (name == "constant" and config.constant_length is not None):
+        if config.constant_length is not None and name != "constant":
+            raise ConfigError(
+                f"algorithm.constant_length is of the aggregation constant, and that of {self.name} is {name}; "
+                'set algorithm.aggregation = "constant"'
+            )
+        if config.aggregation is not None or config.constant_length is not None:
             length = config.constant_length or parts.CONSTANT_LENGTH
             changes["aggregation"] = parts.aggregation_named(name, length)
         if config.step_scale is not None:
@@ -225,14 +241,13 @@ class Algorithm:
             changes["ess_weights"] = config.ess_weights
         return replace(self, **changes) if changes else self
 
-    def _with_margin(self, margin: float) -> parts.Baseline:
-        name = self.baseline.name
-        if name not in ("below-mean", "bounded-optimal"):
+    def _with_baseline(self, name: str, margin: float | None) -> parts.Baseline:
+        if margin is not None and name not in ("below-mean", "bounded-optimal"):
             raise ConfigError(
-                f"algorithm.margin is of the baselines below-mean and bounded-optimal, and {self.name} has "
-                f"{name}; set algorithm.baseline too"
+                "algorithm.margin is of the baselines below-mean and bounded-optimal, and that of "
+                f"{self.name} is {name}; set another algorithm.baseline"
             )
-        return parts.baseline_named(name, margin)
+        return parts.baseline_named(name, parts.MARGIN if margin is None else margin)
 
     def _with_clip(self, low: float | None, high: float | None) -> tuple[parts.TokenMask, ...]:
         if not self._clips:

@@ -104,6 +104,11 @@ class Shape(Protocol):
         """Whether it depends on the whole minibatch."""
         ...
 
+    @property
+    def per_token(self) -> bool | None:
+        """True if it is of the weights of tokens, false if of those of trajectories, None if of any."""
+        ...
+
     def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor: ...
 
 
@@ -114,6 +119,7 @@ class Whole:
     formula = ""
     needs_group = False
     spans_minibatch = False
+    per_token = None
 
     def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
         return log_weights
@@ -126,6 +132,7 @@ class Truncated:
     ceiling: float
     needs_group = False
     spans_minibatch = False
+    per_token = None
 
     def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
         return importance.truncate(log_weights, self.ceiling)
@@ -148,6 +155,7 @@ class Tapered:
     below: tuple[float, float] = (0.0, 1.0)
     needs_group = True
     spans_minibatch = False
+    per_token = False
 
     def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
         return importance.taper(log_weights, _excess(evidence), self.above, self.below)
@@ -166,6 +174,7 @@ class Soft:
     below: tuple[float, float] = (3.0, 2.0)
     needs_group = True
     spans_minibatch = False
+    per_token = None
 
     def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
         return importance.soften(log_weights, _excess(evidence), self.above, self.below)
@@ -185,6 +194,7 @@ class CappedByEss:
     formula = "at most the ESS ratio of the minibatch's token ratios"
     needs_group = False
     spans_minibatch = True
+    per_token = True
 
     def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
         return importance.truncate(log_weights, _token_ess_ratio(evidence))
@@ -202,6 +212,7 @@ class Decoupled:
     cap: float
     needs_group = False
     spans_minibatch = False
+    per_token = True
 
     def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
         proximal = PROXIMAL.log_weights(evidence)
@@ -230,8 +241,14 @@ class Importance:
     def __post_init__(self) -> None:
         if not self.level.corrects and not isinstance(self.shape, Whole):
             raise ConfigError(
-                "this algorithm has no importance weights to truncate; leave algorithm.truncation unset, or "
-                "set algorithm.level"
+                f"there are no importance weights to shape ({self.shape.formula}); set algorithm.level, or leave "
+                "algorithm.truncation unset"
+            )
+        if self.shape.per_token not in (None, self.level.per_token):
+            raise ConfigError(
+                f"this algorithm's weights ({self.shape.formula}) are of "
+                f"{'tokens' if self.shape.per_token else 'trajectories'}; set another algorithm.level than "
+                f"{self.level.name}, or leave it unset"
             )
 
     def __call__(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
