@@ -354,7 +354,7 @@ OPTIMAL = Baseline(
 LENGTH_WEIGHTED = Baseline("length-weighted", "b = Σ L R / Σ L over the group", _length_weighted)
 OPTIMAL_TOKEN = Baseline(
     "optimal-token",
-    "b_t = Σ w_t² W_t R / Σ w_t² W_t over the group, W_t = Σ_{j≤t} (1 − 2π_j + Σ_v π_v²)",
+    "b_t = Σ W_t R / Σ W_t over the group, W_t = Σ_{j≤t} w_j² (1 − 2π_j + Σ_v π_v²)",
     _optimal_token,
     needs_distributions=True,
     per_token=True,

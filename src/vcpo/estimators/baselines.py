@@ -158,12 +158,12 @@ def optimal_token_baseline(
     mask: Bool[Tensor, "B T"],
     groups: Int[Tensor, " B"],
 ) -> Float[Tensor, "B T"]:
-    """OTB, a baseline for each place t in the answer: b_t = Σ_i w_it² W_it R_i / Σ_i w_it² W_it.
+    """OTB, a baseline for each place t in the answer: b_t = Σ_i W_it R_i / Σ_i W_it.
 
-    W_t = Σ_{j≤t} (1 − 2π(y_j) + Σ_v π(v)²) is the energy of the score up to t, with respect to the logits;
-    the sum is over the members of the group that have a token t. arXiv 2602.07078; the return of a token is
-    that of the episode, as only its end is rewarded. ``energies`` [B, T] are the terms of W, outside the mask
-    without meaning. ``log_weights``: those the update uses. 0 outside the mask. No gradient.
+    W_t = Σ_{j≤t} w_j² (1 − 2π(y_j) + Σ_v π(v)²) is the energy of the weighted score up to t, with respect to
+    the logits; the sum is over the members of the group that have a token t. arXiv 2602.07078, the weights
+    inside the sum as in verl; the return of a token is that of the episode, as only its end is rewarded.
+    ``energies`` [B, T] are 1 − 2π(y) + Σ_v π(v)², outside the mask without meaning. ``log_weights``: those the update uses. 0 outside the mask. No gradient.
 
     Raises:
         NonFiniteError: a reward, log-weight or energy inside the mask is not finite; names the trajectory.
@@ -176,7 +176,8 @@ def optimal_token_baseline(
     weights = log_weights.detach().double()
     weights = weights[:, None].expand(mask.shape) if weights.dim() == 1 else torch.where(inside, weights, 0.0)
     require_finite(weights, "log-weight")
-    log_omega = torch.where(inside, 2 * weights + terms.cumsum(-1).clamp(min=0).log(), -torch.inf)
+    of_tokens = torch.where(inside, 2 * weights + terms.clamp(min=0).log(), -torch.inf)
+    log_omega = torch.where(inside, of_tokens.logcumsumexp(-1), -torch.inf)
     baseline = torch.zeros_like(log_omega)
     for place in range(mask.shape[1]):  # _largest and total are over one number a trajectory
         peak = _largest(log_omega[:, place], group.index, len(group.counts))
