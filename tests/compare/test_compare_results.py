@@ -11,9 +11,9 @@ import pytest
 from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import Cell, make_grid, parse_methods
 from vcpo.compare.page import write_page
-from vcpo.compare.results import Result, result_of, summarise, write_results
+from vcpo.compare.results import Result, known_results, result_of, summarise, write_results
 from vcpo.compare.table import lines, markdown
-from vcpo.config import Config, load_config
+from vcpo.config import Config, apply_overrides, load_config
 from vcpo.monitor.sinks import MetricsWriter
 
 RECIPE = load_config("sort")
@@ -60,6 +60,17 @@ def test_a_row_says_what_differs_from_the_recipe(tmp_path: Path) -> None:
     assert row["overrides"] == {"algorithm.name": "grpo", "pipeline.group_size": 16}
     assert (row["method"], row["lag"], row["seed"]) == ("grpo[pipeline.group_size=16]", 8, 0)
     assert (row["status"], row["error"], row["collapsed"]) == ("failed", "no luck", False)
+
+
+def test_a_row_counts_for_the_recipe_it_was_made_with_alone(tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, "grpo", 1)
+    write_results([finished(cell, 0.5)], RECIPE, tmp_path)
+    assert list(known_results([cell], RECIPE, tmp_path)) == [cell.name]
+    (elsewhere,) = cells_of(tmp_path / "moved", "grpo", 1)
+    assert list(known_results([elsewhere], RECIPE, tmp_path)) == [cell.name]
+    edited = apply_overrides(RECIPE, ["--pipeline.steps", "7"])
+    (other,) = make_grid(edited, parse_methods("grpo"), (8,), (0,), tmp_path)
+    assert known_results([other], edited, tmp_path) == {}, "the recipe's own steps are others now"
 
 
 def test_controls_have_the_same_mean_or_the_same_factors(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ OF_THE_GRID = {
 }
 """Settings that the grid itself makes, and what does so."""
 
+_PLACES = ("run.name", "run.folder")
 _METHOD = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<settings>[^\[\]]*)\])?")
 _COMMA_OUTSIDE_BRACKETS = re.compile(r",(?![^\[]*\])")
 _UNSAFE = re.compile(r"[^\w.=+-]+")
@@ -219,6 +220,16 @@ def identity(config: Config) -> str:
     # A control's file is the same one wherever the command is given.
     settings["algorithm"]["step_scales"] = Path(config.algorithm.step_scales).name
     return json.dumps(settings, sort_keys=True)
+
+
+def fingerprint(config: Config) -> str:
+    """Equal for configs of the same run, as :func:`identity`, and kept by later versions that have settings
+    more: it is of the settings that are not the defaults."""
+    changed = differences(Config(), config)
+    settings = {k: v for k, v in changed.items() if k not in _PLACES and not k.startswith("runtime.")}
+    if config.algorithm.step_scales:
+        settings["algorithm.step_scales"] = Path(config.algorithm.step_scales).name
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(before: Config, after: Config) -> dict[str, Any]:

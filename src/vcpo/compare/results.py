@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vcpo.compare.grid import OF_THE_GRID, Cell, differences
+from vcpo.compare.grid import OF_THE_GRID, Cell, differences, fingerprint
 from vcpo.config import Config
 from vcpo.errors import CheckpointError
 from vcpo.monitor.collapse import find_collapse
@@ -70,6 +70,7 @@ class Result:
             "seed": self.cell.seed,
             "control_of": self.cell.control_of or None,
             "overrides": _overrides(recipe, self.cell.config),
+            "settings": fingerprint(self.cell.config),
             "status": self.status,
             "error": self.error,
             **{key: self.figure(key) for key in _FIGURES},
@@ -102,10 +103,18 @@ def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str,
     known = {}
     for cell in cells:
         row = rows.get(cell.name)
-        if row is not None and row["overrides"] == _plain(_overrides(recipe, cell.config)):
+        if row is not None and _has_the_settings(row, cell, recipe):
             summary = {summary_key: row.get(key) for key, summary_key in _FIGURES.items()}
             known[cell.name] = Result(cell, COMPLETED, None, summary, (), row["collapsed_at"])
     return known
+
+
+def _has_the_settings(row: Mapping[str, Any], cell: Cell, recipe: Config) -> bool:
+    """Overrides alone do not tell: the recipe itself may have changed, or be another. Rows of earlier versions
+    have nothing else."""
+    if "settings" in row:
+        return row["settings"] == fingerprint(cell.config)
+    return row["overrides"] == _plain(_overrides(recipe, cell.config))
 
 
 def write_results(results: Sequence[Result], recipe: Config, out: Path) -> Path:
