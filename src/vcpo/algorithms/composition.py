@@ -185,13 +185,13 @@ class Algorithm:
         )
 
     def shaped_rewards(
-        self, rewards: Float[Tensor, " B"], action_counts: Num[Tensor, " B"], longest: int
+        self, rewards: Float[Tensor, " B"], turn_lengths: Num[Tensor, " B"], longest: int
     ) -> Float[Tensor, " B"]:
-        """Rewards less the penalty for overlong answers; ``longest``: sampled tokens an answer may have, 0 if
-        that is not known."""
+        """Rewards less the penalty for overlong answers. ``turn_lengths``: tokens of the longest turn of each
+        trajectory; ``longest``: sampled tokens a turn may have, 0 if that is not known."""
         if not (self.overlong and longest):
             return rewards
-        return rewards + overlong_penalty(action_counts, longest, self.overlong * longest).to(rewards)
+        return rewards + overlong_penalty(turn_lengths, longest, self.overlong * longest).to(rewards)
 
     def normalisers(self, action_counts: Num[Tensor, " B"]) -> Float[Tensor, " B"]:
         """n_i of every trajectory, from the action-token counts of the *whole* optimizer minibatch."""

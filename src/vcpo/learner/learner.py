@@ -59,7 +59,7 @@ class Learner:
         step_scales: Sequence[float] | None = None,
     ) -> None:
         """``temperature``: the policy is softmax(logits / temperature), as the sampler samples it.
-        ``longest_answer``: sampled tokens an episode may have, for algorithms that punish overlong ones.
+        ``longest_answer``: sampled tokens a turn may have, for algorithms that punish overlong ones.
         ``step_scales``: the factor of every step, in place of what the algorithm makes of the ESS ratio."""
         self.policy, self.algorithm, self._step_scales = policy, algorithm, step_scales
         self._on_policy_ratio, self._longest_answer = on_policy_ratio, longest_answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,8 @@ class Minibatch:
         longest_answer: int = 0,
         mask_off_policy_prefix: bool = False,
     ) -> Minibatch:
-        """``longest_answer``: sampled tokens an episode may have, for algorithms that punish overlong ones.
+        """``longest_answer``: sampled tokens a turn may have, for algorithms that punish overlong ones: by the
+        longest turn of an episode.
         ``mask_off_policy_prefix``: of each trajectory only what its newest version sampled is trained on
         (:func:`without_off_policy_prefix`); weights, ESS and normalisers are of these tokens too.
 
@@ -60,15 +62,22 @@ class Minibatch:
                 )
         lengths = torch.tensor([t.action_count for t in whole])
         counts = torch.tensor([t.action_count for t in trajectories])
+        turns = torch.tensor([longest_turn(t) for t in whole])
         rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float32)
         return Minibatch(
             trajectories=trajectories,
             groups=[g for g, group in enumerate(groups) for _ in group.trajectories],
             normalisers=algorithm.normalisers(counts),
-            rewards=algorithm.shaped_rewards(rewards, lengths, longest_answer),
+            rewards=algorithm.shaped_rewards(rewards, turns, longest_answer),
             version=version,
             masked_tokens=int(lengths.sum() - counts.sum()),
         )
+
+
+def longest_turn(trajectory: Trajectory) -> int:
+    """Tokens of the longest stretch that was sampled without an observation between."""
+    edges = np.flatnonzero(np.diff(trajectory.action_mask.astype(np.int8), prepend=0, append=0))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
 
 
 def without_off_policy_prefix(trajectory: Trajectory) -> Trajectory:
