@@ -3,9 +3,9 @@
     python -m benchmarks.evidence [--quick] [--only NAME,NAME] [--jobs N] [--out FOLDER]
 
 Each study is a comparison (``vcpo compare``) below FOLDER (docs/evidence/data; with --quick runs/evidence),
-resumed where it was stopped: a run whose row is in the study's results.jsonl is not repeated, so the full form
-can be spread over many sittings. --quick takes fewer methods, lags and seeds: a first look, in less than an
-hour on two cores. Studies:
+resumed where it was stopped: a run whose row is in the study's results.jsonl is not repeated, so the full
+form can be spread over many sittings. --quick takes fewer methods, lags and seeds: a first look, in less
+than an hour on two cores. Studies:
 
 - rates: every method at three learning rates, lag 16, seeds 100 and 101. The rule, stated before anything was
   run: a method's rate is the one with the best mean final sampled accuracy; among equals the lowest.

@@ -51,8 +51,8 @@ def kl(ratio: float) -> float:
 
 # The optimal baseline: Σ w²‖u‖²R / Σ w²‖u‖² = 9 / (9 + 0.5 + 8) = 18/35.
 VCPO = [[3 * 17 / 35, 3 * 17 / 35], [-0.5 * 18 / 35, -0.5 * 18 / 35], [-4 * 18 / 35, 0.0]]
-# OTB: the first place 1.25²·1 / (1.25²·1 + 0.5²·0.5 + 2²·0.25) = 25/43; at the second 2²·0.5 and 1²·1.5 come to
-# the first two.
+# OTB: the first place 1.25²·1 / (1.25²·1 + 0.5²·0.5 + 2²·0.25) = 25/43; at the second 2²·0.5 and 1²·1.5
+# come to the first two.
 FIRST, SECOND = 25 / 43, 57 / 83
 
 EXPECTED: dict[str, list[list[float]]] = {

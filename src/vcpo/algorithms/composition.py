@@ -229,7 +229,7 @@ class Algorithm:
         name = config.aggregation or self.aggregation.name
         if config.constant_length is not None and name != "constant":
             raise ConfigError(
-                f"algorithm.constant_length is of the aggregation constant, and that of {self.name} is {name}; "
+                f"algorithm.constant_length is of the aggregation constant, and {self.name} has {name}; "
                 'set algorithm.aggregation = "constant"'
             )
         if config.aggregation is not None or config.constant_length is not None:

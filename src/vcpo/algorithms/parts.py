@@ -241,8 +241,8 @@ class Importance:
     def __post_init__(self) -> None:
         if not self.level.corrects and not isinstance(self.shape, Whole):
             raise ConfigError(
-                f"there are no importance weights to shape ({self.shape.formula}); set algorithm.level, or leave "
-                "algorithm.truncation unset"
+                f"there are no importance weights to shape ({self.shape.formula}); set algorithm.level, "
+                "or leave algorithm.truncation unset"
             )
         if self.shape.per_token not in (None, self.level.per_token):
             raise ConfigError(
@@ -464,8 +464,8 @@ def _unchanged(advantages: Tensor, evidence: Evidence) -> Tensor:
 
 
 def _over_std(advantages: Tensor, evidence: Evidence) -> Tensor:
-    """Where a group's rewards are equal, an advantage that is not 0 (of a baseline beside their mean) stays as
-    it is: divided by the epsilon it would be 10⁶ times every other."""
+    """Where a group's rewards are equal, an advantage that is not 0 (of a baseline beside their mean) stays
+    as it is: divided by the epsilon it would be 10⁶ times every other."""
     deviation = baselines.group_std(evidence.rewards, evidence.groups)
     divisor = torch.where(deviation > 0, deviation + STD_EPSILON, 1.0)
     return advantages / (divisor if advantages.dim() == 1 else divisor[:, None])

@@ -110,8 +110,8 @@ def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str,
 
 
 def _has_the_settings(row: Mapping[str, Any], cell: Cell, recipe: Config) -> bool:
-    """Overrides alone do not tell: the recipe itself may have changed, or be another. Rows of earlier versions
-    have nothing else."""
+    """Overrides alone do not tell: the recipe itself may have changed, or be another. Rows of earlier
+    versions have nothing else."""
     if "settings" in row:
         return row["settings"] == fingerprint(cell.config)
     return row["overrides"] == _plain(_overrides(recipe, cell.config))

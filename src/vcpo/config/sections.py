@@ -181,7 +181,7 @@ class AlgorithmConfig(Section):
     margin: NonNegativeFloat | None = None
     """How far the baselines below-mean and bounded-optimal stay below the mean; unset: 0.1."""
     normalise: Literal["none", "std"] | None = None
-    """Division of advantages by the group's reward deviation, unless that is 0; unset: the algorithm's own."""
+    """Division of advantages by the group's reward deviation if it is not 0; unset: the algorithm's own."""
     aggregation: Literal["sequence-mean", "token-mean", "constant"] | None = None
     """How token terms are averaged; unset: the algorithm's own."""
     constant_length: PositiveInt | None = None

@@ -163,7 +163,8 @@ def optimal_token_baseline(
     W_t = Σ_{j≤t} w_j² (1 − 2π(y_j) + Σ_v π(v)²) is the energy of the weighted score up to t, with respect to
     the logits; the sum is over the members of the group that have a token t. arXiv 2602.07078, the weights
     inside the sum as in verl; the return of a token is that of the episode, as only its end is rewarded.
-    ``energies`` [B, T] are 1 − 2π(y) + Σ_v π(v)², outside the mask without meaning. ``log_weights``: those the update uses. 0 outside the mask. No gradient.
+    ``energies`` [B, T] are 1 − 2π(y) + Σ_v π(v)², outside the mask without meaning. ``log_weights``: those
+    the update uses. 0 outside the mask. No gradient.
 
     Raises:
         NonFiniteError: a reward, log-weight or energy inside the mask is not finite; names the trajectory.

@@ -44,8 +44,8 @@ class Minibatch:
         longest_answer: int = 0,
         mask_off_policy_prefix: bool = False,
     ) -> Minibatch:
-        """``longest_answer``: sampled tokens a turn may have, for algorithms that punish overlong ones: by the
-        longest turn of an episode.
+        """``longest_answer``: sampled tokens a turn may have, for algorithms that punish overlong ones: by
+        the longest turn of an episode.
         ``mask_off_policy_prefix``: of each trajectory only what its newest version sampled is trained on
         (:func:`without_off_policy_prefix`); weights, ESS and normalisers are of these tokens too.
 
