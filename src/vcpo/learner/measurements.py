@@ -98,7 +98,7 @@ def critic_metrics(contributions: Sequence[Contribution]) -> dict[str, float]:
         if c.update.value_targets is not None
     ]
     targets, values = (torch.cat(part) for part in zip(*pairs, strict=True))
-    spread = targets.var(correction=0)
+    spread = targets.var(correction=0) if len(targets) else torch.zeros(())
     explained = 1 - (targets - values).var(correction=0) / spread if spread > 0 else torch.zeros(())
     return {
         "value_loss": sum(c.value_loss for c in contributions),
