@@ -260,6 +260,7 @@ def test_baseline_and_normalisation_override(baseline, normalise) -> None:
         ("rloo", recipe(truncation=2.0)),
         ("tis", recipe(clip_high=0.3)),
         ("tis", recipe(margin=0.2)),
+        ("mis", recipe(baseline="optimal")),
         ("vcpo", recipe(baseline="group-mean", margin=0.2)),
         ("vcpo", recipe(constant_length=64)),
         ("topr", recipe(truncation=2.0)),

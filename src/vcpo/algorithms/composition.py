@@ -95,6 +95,11 @@ class Algorithm:
                 f"{self.name}: the {self.baseline.name} baseline needs one weight a trajectory, and this "
                 "algorithm weighs every token; choose another algorithm.baseline or algorithm.level"
             )
+        if self.baseline.needs_score_norms and any(isinstance(m, parts.Within) for m in self.token_masks):
+            raise ConfigError(
+                f"{self.name} leaves trajectories out, and the {self.baseline.name} baseline would still follow "
+                "them; choose another algorithm.baseline"
+            )
         if self.needs_values and self.normalisation is not parts.NO_NORMALISATION:
             raise ConfigError(
                 f"{self.name}: advantages of a critic are not divided by the deviation of a group; leave "

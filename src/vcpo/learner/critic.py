@@ -49,11 +49,6 @@ class Critic(nn.Module):
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, predicting(rows))
         return self.head(hidden.float()).squeeze(-1)
 
-    def step(self) -> None:
-        """One optimizer step, with the learner's clip."""
-        self.optimizer.clip()
-        self.optimizer.step(1.0)
-
     def state(self) -> dict[str, Tensor]:
         """Weights and moments by name, for a checkpoint."""
         moments = {_OPTIMIZER + name: tensor for name, tensor in self.optimizer.state().items()}

@@ -111,9 +111,11 @@ class Learner:
         else:
             scale = self._step_scales[version]
         grad_norm = self.optimizer.clip()
+        if self.critic is not None:  # before any step is taken: a broken gradient costs neither of them one
+            self.critic.optimizer.clip()
         learning_rate = self.optimizer.step(scale)
         if self.critic is not None:
-            self.critic.step()
+            self.critic.optimizer.step(1.0)
         return {
             "loss": sum(part.loss for part in parts),
             "on_policy_ratio": on_policy_ratio,
