@@ -97,8 +97,8 @@ class Algorithm:
             )
         if self.baseline.needs_score_norms and any(isinstance(m, parts.Within) for m in self.token_masks):
             raise ConfigError(
-                f"{self.name} leaves trajectories out, and the {self.baseline.name} baseline would still follow "
-                "them; choose another algorithm.baseline"
+                f"{self.name} leaves trajectories out, which the {self.baseline.name} baseline would follow "
+                "all the same; choose another algorithm.baseline"
             )
         if self.needs_values and self.normalisation is not parts.NO_NORMALISATION:
             raise ConfigError(
