@@ -140,6 +140,38 @@ def run(study: Study, folder: Path, jobs: int | None, console: Console) -> bool:
     return not outcome.interrupted
 
 
+def draw_lags(results: Path, figure: Path) -> None:
+    """Final sampled accuracy over lags, a line a method that has run at several; every seed is a dot."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    from vcpo.monitor.figures import PALETTE
+
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in results.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["status"] == "completed":
+            values[row["method"].partition("[learner")[0]][row["lag"]].append(row["accuracy_after"])
+    lags = sorted({lag for by_lag in values.values() for lag in by_lag})
+    drawing = Figure(figsize=(7.2, 3.6), layout="constrained")
+    FigureCanvasSVG(drawing)
+    axes = drawing.add_subplot()
+    lines = [(method, by_lag) for method, by_lag in values.items() if len(by_lag) > 1]
+    for (method, by_lag), colour in zip(lines, PALETTE, strict=False):
+        known = sorted(by_lag)
+        means = [statistics.fmean(by_lag[lag]) for lag in known]
+        axes.plot([lags.index(lag) for lag in known], means, color=colour, label=method)
+        dots = [(lags.index(lag), value) for lag in known for value in by_lag[lag]]
+        axes.plot(*zip(*dots, strict=True), "o", markersize=3, color=colour, alpha=0.6)
+    axes.set_xticks(range(len(lags)), list(map(str, lags)))
+    axes.set_xlabel("policy lag, steps")
+    axes.set_ylabel("sampled accuracy after training")
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, ncols=2, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(figure, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,6 +180,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="studies, by comma")
     parser.add_argument("--jobs", type=int, help="runs at once; default: as many as cores")
     parser.add_argument("--out", type=Path, help="where runs and results go")
+    parser.add_argument("--figure", type=Path, help="draw the study lag as it is, and run nothing")
     arguments = parser.parse_args()
     studies = QUICK if arguments.quick else FULL
     folder = arguments.out or (QUICK_DATA if arguments.quick else DATA)
@@ -155,6 +188,9 @@ def main() -> None:
     unknown = set(chosen) - {study.name for study in studies}
     if unknown:
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in studies)}")
+    if arguments.figure:
+        draw_lags(folder / "lag" / "results.jsonl", arguments.figure)
+        return
     for study in studies:
         if study.name in chosen and not run(study, folder, arguments.jobs, Console()):
             sys.exit(130)
