@@ -145,8 +145,6 @@ def draw_lags(results: Path, figure: Path) -> None:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    from vcpo.monitor.figures import PALETTE
-
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in results.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -156,11 +154,12 @@ def draw_lags(results: Path, figure: Path) -> None:
     drawing = Figure(figsize=(7.2, 3.6), layout="constrained")
     FigureCanvasSVG(drawing)
     axes = drawing.add_subplot()
-    lines = [(method, by_lag) for method, by_lag in values.items() if len(by_lag) > 1]
-    for (method, by_lag), colour in zip(lines, PALETTE, strict=False):
+    for method, by_lag in values.items():
         known = sorted(by_lag)
+        if len(known) == 1:
+            continue
         means = [statistics.fmean(by_lag[lag]) for lag in known]
-        axes.plot([lags.index(lag) for lag in known], means, color=colour, label=method)
+        colour = axes.plot([lags.index(lag) for lag in known], means, label=method)[0].get_color()
         dots = [(lags.index(lag), value) for lag in known for value in by_lag[lag]]
         axes.plot(*zip(*dots, strict=True), "o", markersize=3, color=colour, alpha=0.6)
     axes.set_xticks(range(len(lags)), list(map(str, lags)))
