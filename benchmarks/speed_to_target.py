@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ WAYS = [
 ]
 
 
-def seconds_to(target: float, rows: list[Row]) -> tuple[float, int] | None:
+def seconds_to(target: float, rows: Sequence[Row]) -> tuple[float, int] | None:
     """Seconds of the learner's loop and steps up to the first evaluation at ``target``; None without it."""
     for place, row in enumerate(rows):
         if (row.get("accuracy") or 0.0) >= target:
@@ -59,7 +60,7 @@ def seconds_to(target: float, rows: list[Row]) -> tuple[float, int] | None:
     return None
 
 
-def run(way: Way, seed: int, steps: int, folder: Path) -> list[Row]:
+def run(way: Way, seed: int, steps: int, folder: Path) -> Sequence[Row]:
     settings: dict[str, object] = {
         "algorithm.name": "vcpo",
         "run.seed": seed,
