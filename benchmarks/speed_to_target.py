@@ -1,6 +1,7 @@
 """How much sooner asynchronous VCPO reaches an accuracy than the synchronous loop, in turn on one machine.
 
     python -m benchmarks.speed_to_target [--quick] [--json FILE] [--target 0.65] [--seeds 3]
+                                         [--algorithm vcpo]
 
 The maze, plain and with a slow tool (benchmarks.slow_maze). Sampled accuracy is measured on 256 held-out
 mazes every 10 steps; the time is that of the learner's loop (training, waiting, publishing) up to the first
@@ -60,9 +61,9 @@ def seconds_to(target: float, rows: Sequence[Row]) -> tuple[float, int] | None:
     return None
 
 
-def run(way: Way, seed: int, steps: int, folder: Path) -> Sequence[Row]:
+def run(way: Way, algorithm: str, seed: int, steps: int, folder: Path) -> Sequence[Row]:
     settings: dict[str, object] = {
-        "algorithm.name": "vcpo",
+        "algorithm.name": algorithm,
         "run.seed": seed,
         "run.folder": folder,
         "run.name": f"{way.load}-{way.name}-{seed}".replace(" ", "-").replace(",", ""),
@@ -76,13 +77,13 @@ def run(way: Way, seed: int, steps: int, folder: Path) -> Sequence[Row]:
     return read_metrics(Path(train(load_config(Path("maze"), overrides))["run_folder"]))
 
 
-def measure(target: float, seeds: int, steps: int) -> list[dict[str, Any]]:
+def measure(algorithm: str, target: float, seeds: int, steps: int) -> list[dict[str, Any]]:
     """A row a way: seconds and steps to the target of every seed; ratio to lag 0 of the same seed."""
     rounds = [(seed, way) for seed in range(seeds) for way in WAYS]
     found: dict[tuple[str, str], list[tuple[float, int] | None]] = {(w.load, w.name): [] for w in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         for seed, way in track(rounds, "runs in turn", console=Console(stderr=True)):
-            reached = seconds_to(target, run(way, seed, steps, Path(folder)))
+            reached = seconds_to(target, run(way, algorithm, seed, steps, Path(folder)))
             found[way.load, way.name].append(reached)
     return [_row(way, found) for way in WAYS]
 
@@ -123,15 +124,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, an easy target")
     parser.add_argument("--target", type=float, help="sampled accuracy to reach (default 0.65; quick 0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--algorithm", default="vcpo", help="the method of all runs")
     parser.add_argument("--steps", type=int, default=400, help="the most steps of a run")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     target = arguments.target or (0.5 if arguments.quick else 0.65)
     seeds, steps = (1, 60) if arguments.quick else (arguments.seeds, arguments.steps)
-    rows = measure(target, seeds, steps)
+    rows = measure(arguments.algorithm, target, seeds, steps)
     print_table(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"target": target, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"algorithm": arguments.algorithm, "target": target, "rows": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
