@@ -37,7 +37,7 @@ SIZE = (4.2, 2.6)
 FEW_POINTS = 40
 """Up to this many points a curve also shows each of them."""
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
@@ -60,7 +60,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 
-_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 Average = Callable[[Sequence[float], float], list[float]]
 
@@ -71,13 +71,13 @@ Draw = Callable[[Axes], bool]
 def svg(draw: Draw, name: str) -> str | None:
     """The drawing as an ``<svg>`` element labelled ``name``; None if there was nothing to draw."""
     # The salt makes element ids unique among the figures of one page, and the same in every run.
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
+    with rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasAgg(figure)
         if not draw(figure.add_subplot()):
             return None
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for placeholder, variable in _VARIABLES.items():
