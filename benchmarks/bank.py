@@ -2,8 +2,9 @@
 
     python -m benchmarks.bank [--quick] [--json FILE] [--figure FILE.svg] [--tasks maze,collect] [--seeds 2]
                               [--section.field value ...]
+    python -m benchmarks.bank --records FILE [FILE ...] [--figure FILE.svg]
 
-Each task's small model is warm-started and trained with fresh rollouts (recipe maze, method vcpo at lag 0),
+Each task's small model is warm-started and trained with fresh rollouts (the recipe's method, vcpo, at lag 0),
 and weights of chosen steps are kept. A situation (t, k) has many rollouts of the same new prompts, played by
 the weights of step t − k and measured under those of step t: every trajectory's whole gradient vector, with
 the length normalisation of the update. Inner products of these are all that is needed
@@ -18,15 +19,20 @@ over prompts, so that *one* scale is left out, as a learning rate can do it:
 - turn: the part of the bias across g, / (scale ‖g‖): what no learning rate takes back;
 - variance: trace of the covariance of ĝ / ‖g‖²; rescaled: / scale², as if ĝ were scaled to project on g as g;
 - noise: rescaled variance ÷ that of leave-one-out, with an interval over prompts;
-- cosine: mean of cos(ĝ, gradient of the other rollouts of the bank);
-- truth: E ĝ · g₀ / sqrt(E‖ĝ‖² ‖g₀‖²), with g₀ the gradient from rollouts of the policy of step t itself, on
-  the same prompts: bias by weights, by baseline and variance in one number, whatever the scale.
+- cosine: mean of cos(ĝ, gradient of the other rollouts of the bank), 0 where ĝ is 0;
+- truth: E ĝ · g₀ / sqrt(E‖ĝ‖² ‖g₀‖²), with g₀ the gradient of the expected reward, from other rollouts of the
+  policy of step t on the same prompts, without length normalisation: what weights, normalisation, baseline
+  and variance leave together, whatever the scale.
+
+All of it also with plain scores, for some G. The token-level baseline (OTB) is left out: it needs the vector
+of every token.
 
 ESS: for minibatches of 16 prompts × 8, the ESS ratio at three levels, truncated and not, against the measured
 variance of the minibatch's gradient, prompts drawn too. Spearman correlations over all situations, with 95 %
 bootstrap intervals over them, beside that of the lag itself.
 
-``--quick`` has one step, few prompts and rollouts: enough to see it run.
+``--quick`` has one step, few prompts and rollouts: enough to see it run. ``--records`` runs nothing: it
+reports on what ``--json`` wrote.
 """
 
 from __future__ import annotations
@@ -35,7 +41,6 @@ import argparse
 import asyncio
 import copy
 import json
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -71,11 +76,7 @@ from vcpo.policy.loading import Policy, hide_loading_bars
 from vcpo.trajectory import Group
 from vcpo.weights import Weights, load_weights
 
-TASKS = {
-    "maze": [],
-    # Two coins more than the maze's goal, and a reward of thirds.
-    "collect": ["--environment.kind", "collect", "--environment.coins", "3", "--environment.max_turns", "10"],
-}
+TASKS = "maze,collect"
 MINIBATCH_PROMPTS = 16
 
 Record = dict[str, Any]
@@ -90,6 +91,8 @@ class Scale:
     lags: tuple[int, ...]
     baseline_lags: tuple[int, ...]
     group_sizes: tuple[int, ...]
+    plain_group_sizes: tuple[int, ...]
+    """For scores that are not length-normalised."""
     prompts: int
     members: int
     """Rollouts of a prompt where ESS is measured."""
@@ -101,8 +104,32 @@ class Scale:
     """For which the ESS is found."""
 
 
-DEFAULT = Scale((64, 128), (0, 2, 8, 32, 64), (0, 8, 64), (2, 4, 8, 16, 32, 64), 16, 64, 16, 192, 64, 100)
-SMALL = Scale((16,), (0, 4, 16), (0, 16), (2, 8, 32), 8, 64, 6, 96, 32, 50)
+DEFAULT = Scale(
+    times=(64, 128),
+    lags=(0, 2, 8, 32, 64),
+    baseline_lags=(0, 8, 64),
+    group_sizes=(2, 4, 8, 16, 32, 64),
+    plain_group_sizes=(8, 64),
+    prompts=16,
+    members=64,
+    baseline_prompts=16,
+    baseline_members=192,
+    draws=64,
+    minibatches=100,
+)
+SMALL = Scale(
+    times=(16,),
+    lags=(0, 4, 16),
+    baseline_lags=(0, 16),
+    group_sizes=(2, 8, 32),
+    plain_group_sizes=(8,),
+    prompts=8,
+    members=64,
+    baseline_prompts=6,
+    baseline_members=96,
+    draws=32,
+    minibatches=50,
+)
 
 
 class Workbench:
@@ -111,7 +138,7 @@ class Workbench:
     def __init__(self, task: str, seed: int, scale: Scale, overrides: Sequence[str]) -> None:
         self.task, self.seed, self.scale = task, seed, scale
         training = replace(FULL, steps=max(scale.times))
-        self.config: Config = recipe("maze", training, [*TASKS[task], "--run.seed", str(seed), *overrides])
+        self.config: Config = recipe(task, training, ["--run.seed", str(seed), *overrides])
         self.policy: Policy = build_policy(self.config)
         self.replica = copy.deepcopy(self.policy)
         self.learner: Learner = build_learner(self.config, self.policy)
@@ -121,12 +148,14 @@ class Workbench:
         kept = {t - k for t in self.scale.times for k in self.scale.lags}
         self.versions = await train(self.config, self.learner, self.replica, kept)
 
-    async def measured(self, step: int, lag: int, prompts: int, members: int) -> list[Measured]:
-        """Banks of ``prompts`` problems, always the same ones."""
+    async def measured(
+        self, step: int, lag: int, prompts: int, members: int, skipped: int = 0
+    ) -> list[Measured]:
+        """Banks of ``prompts`` problems, always the same ones, without each one's first rollouts."""
         scale = replace(FULL, prompts=prompts, groups=members // GROUP_SIZE)
         played = await collect(self.config, self.replica, self.versions[step - lag], scale)
         load_weights(self.policy.model, self.versions[step])
-        return [measure(self.policy, group) for group in played]
+        return [measure(self.policy, group[skipped:]) for group in played]
 
     async def ess_share(self) -> float:
         """Time of the ESS of 128 trajectories, from log-probabilities on, as a share of a learner's step."""
@@ -148,42 +177,35 @@ class Workbench:
 # Baselines
 
 
-def baseline_record(banks: Sequence[Measured], fresh: Sequence[Measured] | None, scale: Scale) -> Record:
-    """Every prompt's moments of every estimator; ``fresh``: the same prompts on-policy, if these are not."""
+def baseline_record(banks: Sequence[Measured], fresh: Sequence[Measured], scale: Scale) -> Record:
+    """Every prompt's moments of every estimator; ``fresh``: other, on-policy rollouts of the same prompts."""
+    return {"prompts": [prompt_record(*pair, scale) for pair in zip(banks, fresh, strict=True)]}
+
+
+def prompt_record(measured: Measured, fresh: Measured, scale: Scale) -> Record:
     random = torch.Generator().manual_seed(0)
-    prompts = []
-    for place, measured in enumerate(banks):
-        bank, truth, truth_norm = measured.bank, None, math.nan
-        if fresh is not None:
-            truth = measured.projected(on_policy_gradient(fresh[place]))
-            truth_norm = product_of_gradients(fresh[place].bank, ones(bank), scale.draws, random)
-        prompts.append(
-            {
-                **explanations(bank, truth, scale.draws, random),
-                "distinct": len(measured.vectors),
-                "truth_norm": truth_norm,
-                "norms": {
-                    weighting.name: product_of_gradients(bank, weighting.known(bank), scale.draws, random)
-                    for weighting in WEIGHTINGS
-                },
-                "moments": [
-                    {"size": size, "weights": weights, "baseline": baseline, **vars(found)}
-                    for size in scale.group_sizes
-                    for (weights, baseline), found in moments(bank, size, scale.draws, random, truth).items()
-                ],
-            }
-        )
-    return {"prompts": prompts}
-
-
-def ones(bank: Bank) -> Tensor:
-    return torch.ones(len(bank.kernel), dtype=torch.float64)
-
-
-def on_policy_gradient(measured: Measured) -> Tensor:
-    """[P] of one prompt, from all rollouts of its bank."""
-    bank = measured.bank
-    return measured.gradient(all_coefficients(bank, ones(bank)))
+    bank, lengths = measured.bank, fresh.bank.lengths
+    truth = measured.projected(fresh.gradient(all_coefficients(fresh.bank, lengths)))  # of plain scores
+    record: Record = {
+        **explanations(bank, truth, scale.draws, random),
+        "distinct": len(measured.vectors),
+        "truth_norm": product_of_gradients(fresh.bank, lengths, scale.draws, random),
+        "norms": {},
+        "moments": [],
+    }
+    for suffix, scored, along, sizes in (
+        ("", bank, truth, scale.group_sizes),
+        (", plain scores", bank.plain(), truth * bank.lengths, scale.plain_group_sizes),
+    ):
+        for weighting in WEIGHTINGS:
+            norm = product_of_gradients(scored, weighting.known(bank), scale.draws, random)
+            record["norms"][weighting.name + suffix] = norm
+        record["moments"] += [
+            {"size": size, "weights": weights + suffix, "baseline": baseline, **vars(found)}
+            for size in sizes
+            for (weights, baseline), found in moments(scored, size, scale.draws, random, along).items()
+        ]
+    return record
 
 
 def all_coefficients(bank: Bank, weights: Tensor) -> Tensor:
@@ -192,7 +214,7 @@ def all_coefficients(bank: Bank, weights: Tensor) -> Tensor:
     return reference_coefficients(inside, weights, bank.rewards)[0]
 
 
-def explanations(bank: Bank, truth: Tensor | None, draws: int, random: torch.Generator) -> Record:
+def explanations(bank: Bank, truth: Tensor, draws: int, random: torch.Generator) -> Record:
     """How failures (rewards below the prompt's mean) differ from the others; sums, to be divided later.
 
     With truncated weights and the leave-one-out baseline of all rollouts, a failure's part of the variance is
@@ -207,9 +229,8 @@ def explanations(bank: Bank, truth: Tensor | None, draws: int, random: torch.Gen
     found: Record = {"reward": float(rewards.mean()), "failures": float(failed.double().mean())}
     found |= {"terms": float(terms.sum()), "failed_terms": float(terms[failed].sum())}
     found["failed_signal"] = product_of_gradients(bank, weights, draws, random, failed.double())
-    if truth is not None:
-        along = all_coefficients(bank, weights) * truth
-        found |= {"truth_signal": float(along.sum()), "failed_truth_signal": float(along[failed].sum())}
+    along = all_coefficients(bank, weights) * truth
+    found |= {"truth_signal": float(along.sum()), "failed_truth_signal": float(along[failed].sum())}
     found["optima"] = {
         weighting.name: float(
             optimal_baseline(rewards, weighting.known(bank).log(), of_update, evidence.groups)[0]
@@ -217,9 +238,8 @@ def explanations(bank: Bank, truth: Tensor | None, draws: int, random: torch.Gen
         for weighting in WEIGHTINGS
     }
     if failed.any() and not failed.all():
-        lengths = evidence.mask.sum(1).double()
         for name, values in (
-            ("score", of_update * lengths.square()),
+            ("score", of_update * bank.lengths.square()),
             ("normalised_score", of_update),
             ("squared_weight", weights.square()),
         ):
@@ -338,15 +358,28 @@ async def records_of(bench: Workbench) -> list[Record]:
             banks = await bench.measured(step, lag, scale.prompts, scale.members)
             fresh = banks if lag == 0 else fresh
             records.append({"kind": "ess", "step": step, "lag": lag, **ess_record(banks, fresh, scale)})
+    step, members = scale.times[-1], scale.baseline_members
     fresh = []
     for lag in scale.baseline_lags:
-        step = scale.times[-1]
-        banks = await bench.measured(step, lag, scale.baseline_prompts, scale.baseline_members)
-        record = baseline_record(banks, fresh or None, scale)
-        fresh = banks if lag == 0 else fresh
+        banks = await bench.measured(step, lag, scale.baseline_prompts, members)
+        if lag == 0:  # the second half of the rollouts tells the true gradient
+            fresh = await bench.measured(step, lag, scale.baseline_prompts, 2 * members, members)
+        record = baseline_record(banks, fresh, scale)
         records.append({"kind": "baselines", "step": step, "lag": lag, **record})
     print(f"{bench.task}, seed {bench.seed}: measured after {time.perf_counter() - begun:.0f} s", flush=True)
     return [{"task": bench.task, "seed": bench.seed, **record} for record in records]
+
+
+def run_all(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Record]:
+    """Every task and seed; the file of records is written after each."""
+    scale = SMALL if arguments.quick else DEFAULT
+    records: list[Record] = []
+    for task in arguments.tasks.split(","):
+        for seed in range(arguments.seeds or (1 if arguments.quick else 2)):
+            records += asyncio.run(records_of(Workbench(task, seed, scale, overrides)))
+            if arguments.json:
+                arguments.json.write_text(json.dumps(records) + "\n")
+    return records
 
 
 def main() -> None:
@@ -355,20 +388,20 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one step, few prompts and rollouts")
     parser.add_argument("--json", type=Path, help="write the records to this file, after every run")
+    parser.add_argument(
+        "--records", type=Path, nargs="+", help="run nothing: report on these files of --json"
+    )
     parser.add_argument("--figure", type=Path, help="write the figure to this file")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="tasks, by comma")
+    parser.add_argument("--tasks", default=TASKS, help="recipes, by comma")
     parser.add_argument("--seeds", type=int, help="runs of each task (default 2; quick: 1)")
     arguments, overrides = parser.parse_known_args()
     torch.set_num_threads(1)
     hide_loading_bars()
     warnings.filterwarnings("ignore", "There is a performance drop")  # vmap over attention: known and fine
-    scale = SMALL if arguments.quick else DEFAULT
-    records: list[Record] = []
-    for task in arguments.tasks.split(","):
-        for seed in range(arguments.seeds or (1 if arguments.quick else 2)):
-            records += asyncio.run(records_of(Workbench(task, seed, scale, overrides)))
-            if arguments.json:
-                arguments.json.write_text(json.dumps(records) + "\n")
+    if arguments.records:
+        records = [record for file in arguments.records for record in json.loads(file.read_text())]
+    else:
+        records = run_all(arguments, overrides)
     print_report(records)
     if arguments.figure:
         write_figure(records, arguments.figure)

@@ -52,8 +52,6 @@ def figures_of(table: np.ndarray) -> dict[str, float]:
     """The columns of the report, but the noise."""
     second, mean, drift, along, _, truth, norm, truth_norm = table.sum(0)
     scale, bias = 1 + along / norm, drift / norm
-    if math.isnan(truth_norm):  # on-policy: g is the truth
-        truth, truth_norm = norm + along, norm
     return {
         "scale": scale,
         "bias": math.sqrt(max(0.0, bias)),
@@ -82,8 +80,8 @@ def distinct(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def keys(prompts: Prompts, key: str) -> list[Any]:
-    return distinct(m[key] for m in prompts[0]["moments"])
+def keys(prompts: Prompts, key: str, weights: str | None = None) -> list[Any]:
+    return distinct(m[key] for m in prompts[0]["moments"] if weights in (None, m["weights"]))
 
 
 def geometric_mean(prompts: Prompts, key: str) -> float:
@@ -117,7 +115,7 @@ def table_of_columns(title: str, runs: Sequence[Prompts], weights: str) -> Table
 
 
 def table_of_sizes(title: str, prompts: Prompts, weights: str) -> Table:
-    sizes = keys(prompts, "size")
+    sizes = keys(prompts, "size", weights)
     table = Table("baseline", *(f"G = {size}" for size in sizes), title=f"{title}: noise, turn, truth")
     for baseline in keys(prompts, "baseline"):
         cells = []
@@ -164,8 +162,7 @@ def explained(prompts: Prompts) -> str:
         f"{share('failed_terms', 'terms'):.2f} of the variance",
         f"{signal:.2f} of the signal along g",
     ]
-    if "truth_signal" in prompts[0]:
-        parts.append(f"{share('failed_truth_signal', 'truth_signal'):.2f} of that along the true gradient")
+    parts.append(f"{share('failed_truth_signal', 'truth_signal'):.2f} of that along the true gradient")
     ratios = {"‖s‖²": "score_ratio", "‖s/L‖²": "normalised_score_ratio", "w²": "squared_weight_ratio"}
     parts += [f"{name} ×{geometric_mean(prompts, key):.2f} of successes'" for name, key in ratios.items()]
     return ", ".join(parts) + f"; {mean('distinct'):.0f} different rollouts a prompt"
@@ -279,7 +276,7 @@ def _draw_noise(axes: Any, records: Sequence[Record]) -> None:
     found = [r for r in records if r["kind"] == "baselines" and r["task"] == records[0]["task"]]
     lag = max(r["lag"] for r in found)
     prompts = [prompt for r in found if r["lag"] == lag for prompt in r["prompts"]]
-    sizes = keys(prompts, "size")
+    sizes = keys(prompts, "size", "truncated")
     for baseline, colour in COLOURS.items():
         values = [noise(prompts, size, "truncated", baseline, 0).value for size in sizes]
         axes.plot(sizes, values, color=colour, marker="o", markersize=3, label=baseline)

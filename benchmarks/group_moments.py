@@ -1,8 +1,9 @@
 """Moments of the gradient that a group of G rollouts gives, from inner products of their scores alone.
 
-The M rollouts of one prompt are a bank: u_i = n_i ∇log π(y_i) is each one's length-normalised score,
-n_i = 1/L_i, and K_ij = u_i · u_j. A group of G makes ĝ = (1/G) Σ ω_i A_i u_i = Σ c_i u_i, so a product of two
-gradients is cᵀ K c', whatever number of parameters the policy has.
+The M rollouts of one prompt are a bank: u_i = n_i ∇log π(y_i) is each one's score, with n_i = 1/L_i as in the
+mean over sequences, or 1 for the plain score, and K_ij = u_i · u_j. A group of G makes
+ĝ = (1/G) Σ ω_i A_i u_i = Σ c_i u_i, so a product of two gradients is cᵀ K c', whatever number of parameters
+the policy has.
 
 Two *disjoint* groups of a bank are independent samples of the behaviour policy. So, over random pairs,
 
@@ -14,6 +15,9 @@ r_i = ω_i (R_i − mean R) / (N − 1) is the leave-one-out gradient, whose mea
 weights, g = E[ω (R − E R) u]. With d = c − r of the same group, and r' of the rollouts outside it,
 
     ‖E ĝ − g‖²   = mean of d₁ᵀ K d₂          (E ĝ − g) · g = mean of dᵀ K r'
+
+Only where E[ω u] = 0 does a baseline leave the mean alone: with untruncated weights and plain scores.
+Truncation and length normalisation each make it a part of what is estimated; g is then one choice of several.
 """
 
 from __future__ import annotations
@@ -44,6 +48,18 @@ class Bank:
     @property
     def rewards(self) -> Tensor:
         return self.evidence.rewards.double()
+
+    @property
+    def lengths(self) -> Tensor:
+        """[M] sampled tokens."""
+        return self.evidence.mask.sum(1).double()
+
+    def plain(self) -> Bank:
+        """The same rollouts with plain scores, from length-normalised ones."""
+        lengths, norms = self.lengths, self.evidence.squared_score_norms
+        assert norms is not None
+        evidence = replace(self.evidence, squared_score_norms=norms * lengths.square().to(norms))
+        return Bank(evidence, self.kernel * lengths * lengths[:, None])
 
     @property
     def log_weights(self) -> Tensor:
@@ -175,7 +191,7 @@ class Moments:
     cosine: float
     """Mean cosine of ĝ with the gradient of the rollouts outside the group; NaN if that is 0."""
     truth: float
-    """E ĝ · g₀, g₀ the on-policy gradient; NaN if it is not known."""
+    """E ĝ · g₀, g₀ the gradient of the expected reward."""
 
 
 def product_of_gradients(
@@ -190,7 +206,7 @@ def product_of_gradients(
 
 
 def moments(
-    bank: Bank, group_size: int, draws: int, random: torch.Generator, truth: Tensor | None = None
+    bank: Bank, group_size: int, draws: int, random: torch.Generator, truth: Tensor
 ) -> Mapping[tuple[str, str], Moments]:
     """By weighting and baseline, from ``draws`` pairs of disjoint groups. ``truth``: [M] u_i · g₀."""
     size = len(bank.kernel)
@@ -209,9 +225,7 @@ def moments(
     return found
 
 
-def _moments(
-    kernel: Tensor, c: Tensor, d: Tensor, towards: Tensor, length: Tensor, truth: Tensor | None
-) -> Moments:
+def _moments(kernel: Tensor, c: Tensor, d: Tensor, towards: Tensor, length: Tensor, truth: Tensor) -> Moments:
     turned = c @ kernel
     squares = (turned * c).sum(1)
     seen = length > 0
@@ -224,5 +238,5 @@ def _moments(
         drift=float(products(d[:half], kernel, d[half:]).mean()),
         along=float((towards * d).sum(1).mean()),
         cosine=float(cosines.mean()) if seen.any() else torch.nan,
-        truth=torch.nan if truth is None else float((c @ truth).mean()),
+        truth=float((c @ truth).mean()),
     )

@@ -175,5 +175,8 @@ def test_vectors_are_those_of_one_backward_pass_a_trajectory() -> None:
     sum(c * part.mean() for c, part in zip(coefficients, log_probs, strict=True)).backward()  # type: ignore
     expected = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
     torch.testing.assert_close(measured.gradient(coefficients), expected)
+    plain = squared_score_norms_oracle(policy.model, sequences, masks, [1.0] * len(group))
+    torch.testing.assert_close(measured.bank.plain().evidence.squared_score_norms, plain)
+    torch.testing.assert_close(measured.bank.plain().kernel.diagonal(), plain.double())
     weights = torch.stack([part.sum() + len(part) for part in log_probs])  # recorded: −1 a token
     torch.testing.assert_close(measured.bank.log_weights, weights.double())
