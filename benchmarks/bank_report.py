@@ -247,15 +247,16 @@ def print_report(records: Sequence[Record]) -> None:
 COLOURS = {
     "zero": "#c9731a",
     "leave-one-out": "#52606d",
-    "length-weighted": "#8f6bb3",
+    "below-mean 0.1": "#8f6bb3",
+    "bounded-optimal 0": "#3c9160",
     "optimal": "#3f78bd",
-    "leave-one-out-optimal": "#3c9160",
     "split-half-optimal": "#b33c5a",
 }
+ESTIMATORS = {"untruncated, leave-one-out": "#c9731a", TRUNCATED: "#52606d", "truncated, optimal": "#3f78bd"}
 
 
 def write_figure(records: Sequence[Record], path: Path) -> None:
-    """Left: noise over G at the largest lag of the first task. Right: ESS and variance of all situations."""
+    """Left: truth over G at the largest lag of the first task. Right: ESS and variance of all situations."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Drawing
@@ -267,39 +268,36 @@ def write_figure(records: Sequence[Record], path: Path) -> None:
         drawing = Drawing(figsize=(9, 3.6), layout="constrained")
         FigureCanvasAgg(drawing)
         left, right = drawing.subplots(1, 2)
-        _draw_noise(left, records)
-        _draw_ess(right, records)
+        _draw_truth(left, records)
+        _draw_ess(right, [r for r in records if r["kind"] == "ess"])
         drawing.savefig(path, format="svg", metadata=NO_METADATA)
 
 
-def _draw_noise(axes: Any, records: Sequence[Record]) -> None:
+def _draw_truth(axes: Any, records: Sequence[Record]) -> None:
     found = [r for r in records if r["kind"] == "baselines" and r["task"] == records[0]["task"]]
     lag = max(r["lag"] for r in found)
     prompts = [prompt for r in found if r["lag"] == lag for prompt in r["prompts"]]
     sizes = keys(prompts, "size", "truncated")
     for baseline, colour in COLOURS.items():
-        values = [noise(prompts, size, "truncated", baseline, 0).value for size in sizes]
+        values = [figures_of(table_of(prompts, size, "truncated", baseline))["truth"] for size in sizes]
         axes.plot(sizes, values, color=colour, marker="o", markersize=3, label=baseline)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("group size G")
-    axes.set_title(
-        f"{records[0]['task']}, lag {lag}: rescaled variance\n÷ that of leave-one-out", fontsize=10
-    )
+    axes.set_title(f"{records[0]['task']}, lag {lag}, truncated weights: truth", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
 
 
 def _draw_ess(axes: Any, records: Sequence[Record]) -> None:
-    found = [r for r in records if r["kind"] == "ess"]
-    for name, colour in (("token", "#c9731a"), ("geometric", "#3c9160"), ("sequence", "#3f78bd")):
-        x = [r["ess"][name] for r in found]
-        y = [r["estimators"][TRUNCATED]["variance"] / r["true_norm"] for r in found]
-        axes.plot(x, y, color=colour, linestyle="", marker="o", markersize=4, label=name)
+    for name, colour in ESTIMATORS.items():
+        x = [r["ess"]["sequence"] for r in records]
+        y = [r["estimators"][name]["variance"] / r["true_norm"] for r in records]
+        axes.plot(x, y, color=colour, linestyle="", marker="o", markersize=4, alpha=0.8, label=name)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel("ESS ratio, untruncated")
-    axes.set_title("variance of the minibatch gradient\n÷ squared true gradient, all situations", fontsize=10)
+    axes.set_xlabel("ESS ratio of sequence weights, untruncated")
+    axes.set_title("variance of the minibatch gradient ÷ ‖on-policy gradient‖²", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
