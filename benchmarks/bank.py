@@ -22,7 +22,7 @@ over prompts, so that *one* scale is left out, as a learning rate can do it:
 - cosine: mean of cos(ĝ, gradient of the other rollouts of the bank), 0 where ĝ is 0;
 - truth: E ĝ · g₀ / sqrt(E‖ĝ‖² ‖g₀‖²), with g₀ the gradient of the expected reward, from other rollouts of the
   policy of step t on the same prompts, without length normalisation: what weights, normalisation, baseline
-  and variance leave together, whatever the scale.
+  and variance leave together, whatever the scale; gain in truth: interval of the difference to leave-one-out.
 
 All of it also with plain scores, for some G. The token-level baseline (OTB) is left out: it needs the vector
 of every token.

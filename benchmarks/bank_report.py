@@ -48,9 +48,15 @@ def rescaled_variance(table: np.ndarray) -> float:
     return (second - mean) / norm / scale**2
 
 
+def alignment(table: np.ndarray) -> float:
+    """E ĝ · g₀ / sqrt(E‖ĝ‖² ‖g₀‖²)."""
+    second, _, _, _, _, truth, _, truth_norm = table.sum(0)
+    return truth / math.sqrt(second * truth_norm)
+
+
 def figures_of(table: np.ndarray) -> dict[str, float]:
     """The columns of the report, but the noise."""
-    second, mean, drift, along, _, truth, norm, truth_norm = table.sum(0)
+    second, mean, drift, along, _, _, norm, _ = table.sum(0)
     scale, bias = 1 + along / norm, drift / norm
     return {
         "scale": scale,
@@ -59,7 +65,7 @@ def figures_of(table: np.ndarray) -> dict[str, float]:
         "variance": (second - mean) / norm,
         "rescaled": rescaled_variance(table),
         "cosine": float(np.nanmean(table[:, 4])),
-        "truth": truth / math.sqrt(second * truth_norm),
+        "truth": alignment(table),
     }
 
 
@@ -73,6 +79,12 @@ def noise(prompts: Prompts, size: int, weights: str, baseline: str, resamplings:
     if not resamplings:
         return Figure(ratio(np.arange(len(own))), math.nan, math.nan)
     return bootstrap(ratio, len(own), resamplings)
+
+
+def gain(prompts: Prompts, size: int, weights: str, baseline: str) -> Figure:
+    """Truth minus that of leave-one-out, with its interval over prompts."""
+    own, other = (table_of(prompts, size, weights, name) for name in (baseline, LEAVE_ONE_OUT))
+    return bootstrap(lambda rows: alignment(own[rows]) - alignment(other[rows]), len(own), RESAMPLINGS)
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
@@ -104,12 +116,16 @@ def print_baselines(console: Console, title: str, runs: Sequence[Prompts]) -> No
 
 def table_of_columns(title: str, runs: Sequence[Prompts], weights: str) -> Table:
     prompts = [prompt for run in runs for prompt in run]
-    table = Table("baseline", *COLUMNS, "noise", "each seed", title=f"{title}, G = {SHOWN_SIZE}")
+    table = Table(
+        "baseline", *COLUMNS, "gain in truth", "noise", "each seed", title=f"{title}, G = {SHOWN_SIZE}"
+    )
     for baseline in keys(prompts, "baseline"):
         figures = figures_of(table_of(prompts, SHOWN_SIZE, weights, baseline))
         seeds = [noise(run, SHOWN_SIZE, weights, baseline, 0).value for run in runs]
         cells = [f"{figures[column]:.3g}" for column in COLUMNS]
         whole = noise(prompts, SHOWN_SIZE, weights, baseline)
+        better = gain(prompts, SHOWN_SIZE, weights, baseline)
+        cells.append(f"{better.low:+.3f} to {better.high:+.3f}")
         table.add_row(baseline, *cells, str(whole), " ".join(f"{value:.2f}" for value in seeds))
     return table
 
