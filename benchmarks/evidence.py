@@ -35,6 +35,8 @@ from vcpo.compare.command import Grid, compare
 DATA = Path("docs/evidence/data")
 QUICK_DATA = Path("runs/evidence")
 RATES = ("2e-4", "4e-4", "8e-4")
+RECIPES_RATE = "4e-4"
+"""That of the recipes maze and collect."""
 FEW = "vcpo,vcpo-taper,topr,grpo"
 BASELINES = "vcpo,vcpo[algorithm.baseline=zero],vcpo-ess,vcpo-taper,topr,topr[algorithm.baseline=zero],asymre"
 LESS_EVALUATION = ("--evaluation.every", "150", "--evaluation.problems", "128")
@@ -113,9 +115,10 @@ def best_rates(results: Path) -> dict[str, str]:
 
 
 def at_their_rates(methods: str, rates: dict[str, str]) -> str:
-    """Each method with its learning rate; one without a rate keeps the recipe's."""
+    """Each method with its learning rate; one without a rate, or with the recipe's, is left as it is."""
+    chosen = {name: rate for name, rate in rates.items() if rate != RECIPES_RATE}
     names = methods.split(",")
-    return ",".join(f"{n}[learner.learning_rate={rates[n]}]" if n in rates else n for n in names)
+    return ",".join(f"{n}[learner.learning_rate={chosen[n]}]" if n in chosen else n for n in names)
 
 
 def run(study: Study, folder: Path, jobs: int | None, console: Console) -> bool:
