@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,16 @@ def test_runs_that_share_a_warm_start_wait_for_the_one_that_makes_it(tmp_path: P
     assert all(len(set(seeds)) == len(seeds) for seeds in together)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Where the suite runs in the background of a script, SIGINT is ignored, and a shell that was started so
+    cannot trap it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_stops_the_children_in_order(tmp_path: Path, stub: Stub) -> None:
     stub("trap 'echo in order; exit 130' INT; echo ready; while :; do sleep 0.05; done")
     (cell,) = cells_of(tmp_path)
