@@ -66,7 +66,7 @@ class Shape(Protocol):
         """True if it is of the weights of tokens, false if of those of trajectories, None if of any."""
         ...
 
-    def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor: ...
+    def __call__(self, log_weights: Tensor, evidence: Evidence) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Whole:
     spans_minibatch = False
     per_token = None
 
-    def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
+    def __call__(self, log_weights: Tensor, evidence: Evidence) -> Tensor:
         return log_weights
 
 
@@ -91,7 +91,7 @@ class Truncated:
     spans_minibatch = False
     per_token = None
 
-    def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
+    def __call__(self, log_weights: Tensor, evidence: Evidence) -> Tensor:
         return importance.truncate(log_weights, self.ceiling)
 
     @property
@@ -114,7 +114,7 @@ class Tapered:
     spans_minibatch = False
     per_token = False
 
-    def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
+    def __call__(self, log_weights: Tensor, evidence: Evidence) -> Tensor:
         return importance.taper(log_weights, _excess(evidence), self.above, self.below)
 
     @property
@@ -133,7 +133,7 @@ class Soft:
     spans_minibatch = False
     per_token = None
 
-    def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
+    def __call__(self, log_weights: Tensor, evidence: Evidence) -> Tensor:
         return importance.soften(log_weights, _excess(evidence), self.above, self.below)
 
     @property
@@ -153,7 +153,7 @@ class CappedByEss:
     spans_minibatch = True
     per_token = True
 
-    def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
+    def __call__(self, log_weights: Tensor, evidence: Evidence) -> Tensor:
         return importance.truncate(log_weights, token_ess_ratio(evidence))
 
 
@@ -171,7 +171,7 @@ class Decoupled:
     spans_minibatch = False
     per_token = True
 
-    def __call__(self, log_weights: Tensor, evidence: Evidence, level: Level) -> Tensor:
+    def __call__(self, log_weights: Tensor, evidence: Evidence) -> Tensor:
         proximal = PROXIMAL.log_weights(evidence)
         return importance.truncate(log_weights - proximal, self.cap) + proximal
 
@@ -211,7 +211,7 @@ class Importance:
     def __call__(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """The log-weights that the update uses, and where the shape changed them (bool)."""
         raw = self.level.log_weights(evidence)
-        used = self.shape(raw, evidence, self.level)
+        used = self.shape(raw, evidence)
         changed = used != raw
         return used, changed & evidence.mask.bool() if self.level.per_token else changed
 
