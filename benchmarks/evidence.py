@@ -14,6 +14,10 @@ than an hour on two cores. Studies:
 - rewards: the task collect with graded rewards and with 0 or 1, for baselines that differ.
 - clipping: {ESS off, of used weights, of untruncated ones} x {sqrt, linear} x truncation {2, 8, none}.
 - ablations: on-policy ratio, group size.
+- mechanism: VCPO at lag 64 with its weights, baseline and warm-up changed one at a time, towards TOPR's.
+- collapse: methods that fall and methods that do not, evaluated every ten steps (benchmarks.lead_time).
+
+``python -m benchmarks.evidence_pages`` makes the tables and figures of the pages from the rows.
 """
 
 from __future__ import annotations
@@ -39,6 +43,22 @@ RECIPES_RATE = "4e-4"
 """That of the recipes maze and collect."""
 FEW = "vcpo,vcpo-taper,topr,grpo"
 BASELINES = "vcpo,vcpo[algorithm.baseline=zero],vcpo-ess,vcpo-taper,topr,topr[algorithm.baseline=zero],asymre"
+TOWARDS_TOPR = ",".join(
+    [
+        "vcpo",
+        "vcpo[algorithm.truncation=1]",
+        "vcpo[algorithm.baseline=leave-one-out]",
+        "vcpo[algorithm.truncation=1;algorithm.baseline=leave-one-out]",
+        "vcpo[algorithm.baseline=bounded-optimal;algorithm.margin=0]",
+        "vcpo[algorithm.baseline=zero]",
+        "vcpo[algorithm.truncation=1;algorithm.baseline=zero]",
+        "topr[algorithm.normalise=none]",
+        "topr[algorithm.normalise=none;algorithm.baseline=optimal]",
+        "topr[algorithm.normalise=none;algorithm.baseline=zero]",
+        "vcpo[learner.warmup_steps=100]",
+    ]
+)
+"""Weights, baseline and warm-up, one at a time; advantages are divided by nothing in all of them."""
 LESS_EVALUATION = ("--evaluation.every", "150", "--evaluation.problems", "128")
 
 
@@ -89,6 +109,9 @@ FULL = (
           "vcpo[pipeline.group_size=4;pipeline.prompts=32],vcpo[pipeline.group_size=16;pipeline.prompts=8],"
           "vcpo[pipeline.group_size=32;pipeline.prompts=4]",
           "16", "10-12", LESS_EVALUATION),
+    Study("mechanism", "maze", TOWARDS_TOPR, "64", "20-22", LESS_EVALUATION),
+    Study("collapse", "maze", "cispo,rloo,reinforce,tis,tis-token,ppo,grpo,vcpo,topr,vespo", "16,64", "30,31",
+          ("--evaluation.every", "10", "--evaluation.problems", "128")),
 )  # fmt: skip
 QUICK = (
     Study("lag", "maze", FEW, "0,16,64", "0,1", LESS_EVALUATION),
@@ -143,37 +166,6 @@ def run(study: Study, folder: Path, jobs: int | None, console: Console) -> bool:
     return not outcome.interrupted
 
 
-def draw_lags(results: Path, figure: Path) -> None:
-    """Final sampled accuracy over lags, a line a method that has run at several; every seed is a dot."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in results.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["status"] == "completed":
-            values[row["method"].partition("[learner")[0]][row["lag"]].append(row["accuracy_after"])
-    lags = sorted({lag for by_lag in values.values() for lag in by_lag})
-    drawing = Figure(figsize=(7.2, 3.6), layout="constrained")
-    FigureCanvasSVG(drawing)
-    axes = drawing.add_subplot()
-    for method, by_lag in values.items():
-        known = sorted(by_lag)
-        if len(known) == 1:
-            continue
-        means = [statistics.fmean(by_lag[lag]) for lag in known]
-        colour = axes.plot([lags.index(lag) for lag in known], means, label=method)[0].get_color()
-        dots = [(lags.index(lag), value) for lag in known for value in by_lag[lag]]
-        axes.plot(*zip(*dots, strict=True), "o", markersize=3, color=colour, alpha=0.6)
-    axes.set_xticks(range(len(lags)), list(map(str, lags)))
-    axes.set_xlabel("policy lag, steps")
-    axes.set_ylabel("sampled accuracy after training")
-    axes.set_ylim(0, 1)
-    axes.legend(frameon=False, ncols=2, fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
-    drawing.savefig(figure, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -182,7 +174,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="studies, by comma")
     parser.add_argument("--jobs", type=int, help="runs at once; default: as many as cores")
     parser.add_argument("--out", type=Path, help="where runs and results go")
-    parser.add_argument("--figure", type=Path, help="draw the study lag as it is, and run nothing")
     arguments = parser.parse_args()
     studies = QUICK if arguments.quick else FULL
     folder = arguments.out or (QUICK_DATA if arguments.quick else DATA)
@@ -190,9 +181,6 @@ def main() -> None:
     unknown = set(chosen) - {study.name for study in studies}
     if unknown:
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in studies)}")
-    if arguments.figure:
-        draw_lags(folder / "lag" / "results.jsonl", arguments.figure)
-        return
     for study in studies:
         if study.name in chosen and not run(study, folder, arguments.jobs, Console()):
             sys.exit(130)
