@@ -9,8 +9,9 @@ c = sg(w) A on the tokens that the mask keeps, plus the penalty. Every policy gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -57,6 +58,11 @@ class Update:
     """Where truncation, another shape or a token mask was active: [B] for one weight a trajectory."""
     value_targets: Float[Tensor, "B T"] | None = None
     """What the critic shall predict; None without one."""
+
+    def rows(self, places: Sequence[int]) -> Update:
+        """Of some trajectories alone."""
+        chosen: dict[str, Any] = {k: None if v is None else v[list(places)] for k, v in vars(self).items()}
+        return Update(**chosen)
 
 
 @dataclass(frozen=True)
@@ -143,10 +149,13 @@ class Algorithm:
     @property
     def weighs_trajectories(self) -> bool:
         """Whether c_{i,t} = w_i A_i, one for all tokens, with a weight that knows no other trajectory."""
+        return self.weighs_tokens_alike and not self.importance.shape.needs_group and not self.spans_minibatch
+
+    @property
+    def weighs_tokens_alike(self) -> bool:
+        """Whether all tokens of a trajectory have one coefficient, whatever the evidence."""
         return (
             not self.importance.level.per_token
-            and not self.importance.shape.needs_group
-            and not self.spans_minibatch
             and not self.baseline.per_token
             and not self.token_masks
             and self.penalty is parts.NO_PENALTY

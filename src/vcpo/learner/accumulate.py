@@ -27,12 +27,11 @@ from torch import Tensor, nn
 from vcpo.algorithms.composition import Algorithm, Evidence, Update
 from vcpo.errors import NonFiniteError, UnsupportedLayerError
 from vcpo.learner.critic import Critic
-from vcpo.learner.minibatch import Measured, Minibatch, evidence_of
+from vcpo.learner.minibatch import Figures, Measured, Minibatch, evidence_of
 from vcpo.policy.loading import Policy
 from vcpo.policy.log_probs import LOGIT_BUDGET, TokenLogProbs, predicting
 from vcpo.policy.packing import PackedRows, micro_batches, pack
 from vcpo.scores import ScoreTape
-from vcpo.scores.record import is_sharded
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ class Accumulator:
         critic: Critic | None = None,
     ) -> None:
         self._critic = critic
+        self._gain = 1.0
+        """By which gradients are multiplied: ranks that share a learner get the mean of theirs."""
         self._model, self._algorithm = policy.model, algorithm
         self._budget, self._packed = token_budget, packed
         self._log_probs = TokenLogProbs(policy.model, temperature=temperature, logit_budget=logit_budget)
@@ -85,13 +86,16 @@ class Accumulator:
         )
         return [[part for unit in units for part in unit]] if self._algorithm.spans_minibatch else units
 
-    def add(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
-        """Add one unit's gradient. The minibatch's version decides the sketch of score norms."""
+    def accumulate(self, batch: Minibatch) -> list[Contribution]:
+        """Add the gradient of a minibatch. Its version decides the sketch of score norms."""
         if self._tape is not None:
             self._tape.seed = batch.version
+        return [self._add(unit, batch) for unit in self.units(batch)]
+
+    def _add(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
         if len(unit) == 1:
             return self._at_once(unit[0], batch)
-        if self._algorithm.weighs_trajectories and not any(map(is_sharded, self._model.parameters())):
+        if self._algorithm.weighs_trajectories:
             return self._in_two_sums(unit, batch)
         return self._in_two_passes(unit, batch)
 
@@ -101,15 +105,12 @@ class Accumulator:
             log_probs, distributions = self._forward(rows)
             values = None if self._critic is None else self._critic(rows)
             known = None if values is None else values.detach()
-            part = Measured(members, rows, log_probs.detach(), distributions=distributions, values=known)
-            evidence = evidence_of([part], batch)
-            update = self._update(evidence, members)
-            loss = -(
-                _token_factors(update.coefficients, rows, members, batch).to(log_probs) * log_probs
-            ).sum()
-            loss.backward()
-            value_loss = 0.0 if values is None else _value_backward(values, update, part, batch)
-            return Contribution(update, evidence, float(loss.detach()), value_loss=value_loss)
+            part = Measured(members, log_probs.detach(), distributions=distributions, values=known, rows=rows)
+            evidence, update = self._decide([part], batch)
+            self._backward(log_probs, _token_factors(update.coefficients, rows, members, batch))
+            value_loss = 0.0 if values is None else self._value_backward(values, update, part, batch)
+            loss = _loss(update, evidence, batch.normalisers[members])
+            return Contribution(update, evidence, loss, value_loss=value_loss)
         with self._tape:
             log_probs, distributions = self._forward(rows)
         normalisers = batch.normalisers[members].to(log_probs)
@@ -117,15 +118,19 @@ class Accumulator:
         with _naming(members):
             record = self._tape.measure(objective, rows.segments, rows.count, predicting(rows))
         part = Measured(
-            members, rows, log_probs.detach(), record.squared_norms, record.relative_errors, distributions
+            members,
+            log_probs.detach(),
+            record.squared_norms,
+            record.relative_errors,
+            distributions,
+            rows=rows,
         )
-        evidence = evidence_of([part], batch)
-        update = self._update(evidence, members)
+        evidence, update = self._decide([part], batch)
         shared = _trajectory_coefficients(update, evidence)
         if shared is None:
             self._again([part], update, batch)
         else:
-            record.backward(-shared)
+            record.backward(-self._gain * shared)
         loss = _loss(update, evidence, batch.normalisers[members])
         return Contribution(update, evidence, loss, record.relative_errors)
 
@@ -143,8 +148,7 @@ class Accumulator:
             for part in unit:
                 sums.factor_of_second = float(batch.rewards[part[0]]) - middle
                 parts.append(self._backward_of_weights(part, batch, sums))
-            evidence = evidence_of(parts, batch)
-            update = self._update(evidence, members)
+            evidence, update = self._decide(parts, batch)
             line = _line(update, evidence, middle)
             if line is not None:
                 slope, offset = line
@@ -159,7 +163,7 @@ class Accumulator:
         rows = self._pack(members, batch)
         with self._tape or contextlib.nullcontext():
             log_probs = self._log_probs(rows)
-        measured = Measured(members, rows, log_probs.detach())
+        measured = Measured(members, log_probs.detach(), rows=rows)
         evidence = evidence_of([measured], batch)
         with _naming(members):
             log_weights, _ = self._algorithm.importance(evidence)
@@ -174,13 +178,12 @@ class Accumulator:
         with _naming(members):
             found = self._tape.backward(objective, rows.segments, rows.count, predicting(rows))
         norms = found.squared_norms / seeds.to(found.squared_norms).square()
-        return Measured(members, rows, measured.log_probs, norms, found.relative_errors)
+        return Measured(members, measured.log_probs, norms, found.relative_errors, rows=rows)
 
     def _in_two_passes(self, unit: list[list[int]], batch: Minibatch) -> Contribution:
         members = [i for part in unit for i in part]
         parts = [self._norms_of(part, batch) for part in unit]
-        evidence = evidence_of(parts, batch)
-        update = self._update(evidence, members)
+        evidence, update = self._decide(parts, batch)
         value_loss = self._again(parts, update, batch)
         loss = _loss(update, evidence, batch.normalisers[members])
         return Contribution(update, evidence, loss, _errors_of(parts), value_loss)
@@ -192,7 +195,7 @@ class Accumulator:
             with torch.no_grad():
                 log_probs, distributions = self._forward(rows)
                 values = None if self._critic is None else self._critic(rows)
-            return Measured(members, rows, log_probs, distributions=distributions, values=values)
+            return Measured(members, log_probs, distributions=distributions, values=values, rows=rows)
         with self._tape:
             log_probs, distributions = self._forward(rows)
         normalisers = batch.normalisers[members].to(log_probs)
@@ -200,7 +203,7 @@ class Accumulator:
         with _naming(members):
             found = self._tape.norms(objective, rows.segments, rows.count, predicting(rows))
         return Measured(
-            members, rows, log_probs.detach(), found.squared_norms, found.relative_errors, distributions
+            members, log_probs.detach(), found.squared_norms, found.relative_errors, distributions, rows=rows
         )
 
     def _again(self, parts: Sequence[Measured], update: Update, batch: Minibatch) -> float:
@@ -209,10 +212,9 @@ class Accumulator:
         for part in parts:
             end = begin + len(part.members)
             factors = _token_factors(update.coefficients[begin:end], part.rows, part.members, batch)
-            log_probs = self._log_probs(part.rows)
-            (-(factors.to(log_probs) * log_probs).sum()).backward()
+            self._backward(self._log_probs(part.rows), factors)
             if self._critic is not None:
-                value_loss += _value_backward(self._critic(part.rows), update, part, batch, begin)
+                value_loss += self._value_backward(self._critic(part.rows), update, part, batch, begin)
             begin = end
         return value_loss
 
@@ -221,9 +223,26 @@ class Accumulator:
         rows = pack([batch.trajectories[i] for i in members], pad_id=pad, packed=self._packed)
         return rows.to(self._model.device)
 
-    def _update(self, evidence: Evidence, members: Sequence[int]) -> Update:
-        with _naming(members):
-            return self._algorithm.update(evidence)
+    def _decide(self, parts: Sequence[Figures], batch: Minibatch) -> tuple[Evidence, Update]:
+        """What the algorithm makes of whole groups."""
+        evidence = evidence_of(parts, batch)
+        with _naming([i for part in parts for i in part.members]):
+            return evidence, self._algorithm.update(evidence)
+
+    def _backward(self, log_probs: Tensor, factors: Tensor) -> None:
+        """Adds the gradient of −Σ nᵢ cᵢₜ log π(yᵢₜ)."""
+        (-self._gain * (factors.to(log_probs) * log_probs).sum()).backward()
+
+    def _value_backward(
+        self, values: Tensor, update: Update, part: Measured, batch: Minibatch, begin: int = 0
+    ) -> float:
+        """Adds the gradient of ½ mean (V_t − target_t)² over the minibatch's tokens; this part's share."""
+        assert update.value_targets is not None
+        table = update.value_targets[begin : begin + len(part.members)]
+        targets = table[part.rows.action_owners.cpu(), part.rows.action_places.cpu()].to(values)
+        loss = 0.5 * (values - targets).square().sum() / max(batch.action_tokens, 1)
+        (self._gain * loss).backward()
+        return float(loss.detach())
 
 
 class TwoSums:
@@ -336,18 +355,6 @@ def _trajectory_coefficients(update: Update, evidence: Evidence) -> Tensor | Non
     first = update.coefficients[:, 0]
     differs = (update.coefficients != first[:, None]) & evidence.mask
     return None if bool(differs.any()) else first
-
-
-def _value_backward(
-    values: Tensor, update: Update, part: Measured, batch: Minibatch, begin: int = 0
-) -> float:
-    """Adds the gradient of ½ mean (V_t − target_t)² over the tokens of the minibatch; this part's share."""
-    assert update.value_targets is not None
-    table = update.value_targets[begin : begin + len(part.members)]
-    targets = table[part.rows.action_owners.cpu(), part.rows.action_places.cpu()].to(values)
-    loss = 0.5 * (values - targets).square().sum() / max(batch.action_tokens, 1)
-    loss.backward()
-    return float(loss.detach())
 
 
 def _loss(update: Update, evidence: Evidence, normalisers: Tensor) -> float:

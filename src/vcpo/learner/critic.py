@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from vcpo.config import LearnerConfig
 from vcpo.errors import CheckpointError
 from vcpo.learner.optimizer import ScaledAdamW
+from vcpo.learner.ranks import ALONE, Ranks
+from vcpo.learner.sharding import part_of, shard
 from vcpo.policy.loading import Policy
 from vcpo.policy.log_probs import predicting
 from vcpo.policy.packing import PackedRows
@@ -30,7 +32,7 @@ _OPTIMIZER = "optimizer."
 class Critic(nn.Module):
     """Values of the states before sampled tokens."""
 
-    def __init__(self, policy: Policy, config: LearnerConfig) -> None:
+    def __init__(self, policy: Policy, config: LearnerConfig, ranks: Ranks = ALONE) -> None:
         super().__init__()
         self.body = copy.deepcopy(policy.model.base_model)
         width = policy.model.config.get_text_config().hidden_size
@@ -38,6 +40,9 @@ class Critic(nn.Module):
         self.head = nn.Linear(width, 1, device=first.device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        if ranks.several:  # apart: a group of parameters has one number type
+            shard(self.body, ranks)
+            shard(self.head, ranks)
         rate = config.critic_learning_rate or config.learning_rate
         self.optimizer = ScaledAdamW(
             self.named_parameters(), config.model_copy(update={"learning_rate": rate})
@@ -59,7 +64,7 @@ class Critic(nn.Module):
         for name, parameter in self._trained():
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise CheckpointError(f"the checkpoint's critic is of another model: {name} does not fit")
-            parameter.data.copy_(tensors[name])
+            parameter.data.copy_(part_of(tensors[name], parameter))
         moments = {
             name.removeprefix(_OPTIMIZER): tensor
             for name, tensor in tensors.items()

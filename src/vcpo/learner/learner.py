@@ -29,10 +29,13 @@ from torch import Tensor
 from vcpo.algorithms.composition import Algorithm
 from vcpo.config import LearnerConfig
 from vcpo.learner.accumulate import Accumulator
+from vcpo.learner.across_ranks import RanksAccumulator
 from vcpo.learner.critic import Critic
-from vcpo.learner.measurements import StepEvidence, critic_metrics, group_metrics
+from vcpo.learner.measurements import StepEvidence, critic_metrics, group_metrics, total_of
 from vcpo.learner.minibatch import Minibatch
 from vcpo.learner.optimizer import ScaledAdamW
+from vcpo.learner.ranks import ALONE, Ranks
+from vcpo.learner.sharding import shard
 from vcpo.policy.loading import Policy
 from vcpo.policy.log_probs import keeps_packed_apart
 from vcpo.trajectory import Group
@@ -57,13 +60,17 @@ class Learner:
         temperature: float = 1.0,
         longest_answer: int = 0,
         step_scales: Sequence[float] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """``temperature``: the policy is softmax(logits / temperature), as the sampler samples it.
         ``longest_answer``: sampled tokens a turn may have, for algorithms that punish overlong ones.
-        ``step_scales``: the factor of every step, in place of what the algorithm makes of the ESS ratio."""
-        self.policy, self.algorithm, self._step_scales = policy, algorithm, step_scales
+        ``step_scales``: the factor of every step, in place of what the algorithm makes of the ESS ratio.
+        ``ranks``: who shares this learner. Each of them has the whole policy, which is sharded here."""
+        self.policy, self.algorithm, self._step_scales, self.ranks = policy, algorithm, step_scales, ranks
         self._on_policy_ratio, self._longest_answer = on_policy_ratio, longest_answer
-        self.critic = Critic(policy, config) if algorithm.needs_values else None
+        self.critic = Critic(policy, config, ranks) if algorithm.needs_values else None
+        if ranks.several:
+            shard(policy.model, ranks)
         self._masks_prefix = config.mask_off_policy_prefix
         self.optimizer = ScaledAdamW(policy.model.named_parameters(), config)
         packed = keeps_packed_apart(policy.model)
@@ -72,15 +79,17 @@ class Learner:
             log.warning(
                 "%s does not keep packed sequences apart: each trajectory gets a row of its own", name
             )
-        self._accumulator = Accumulator(
-            policy,
-            algorithm,
-            config.token_budget,
-            packed=packed,
-            score_norms=config.score_norms,
-            logit_budget=config.logit_budget,
-            temperature=temperature,
-            critic=self.critic,
+        settings: dict[str, Any] = {
+            "packed": packed,
+            "score_norms": config.score_norms,
+            "logit_budget": config.logit_budget,
+            "temperature": temperature,
+            "critic": self.critic,
+        }
+        self._accumulator = (
+            RanksAccumulator(ranks, policy, algorithm, config.token_budget, **settings)
+            if ranks.several
+            else Accumulator(policy, algorithm, config.token_budget, **settings)
         )
 
     @property
@@ -89,7 +98,8 @@ class Learner:
         return self.optimizer.steps
 
     def step(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Train on ``groups`` once and return the step's metrics (``monitor.glossary`` explains them)."""
+        """Train on ``groups`` once and return the step's metrics (``monitor.glossary`` explains them). Every
+        rank must be given the same groups; they return the same."""
         begun = time.perf_counter()
         version = self.version
         batch = Minibatch.of(
@@ -102,8 +112,8 @@ class Learner:
         self.optimizer.zero_grad()
         if self.critic is not None:
             self.critic.optimizer.zero_grad()
-        parts = [self._accumulator.add(unit, batch) for unit in self._accumulator.units(batch)]
-        evidence = StepEvidence.of(parts)
+        parts = self._accumulator.accumulate(batch)
+        evidence = StepEvidence.of(parts, self.ranks)
         on_policy_ratio = self._on_policy_ratio_of(batch)
         if self._step_scales is None:
             ess_ratio = evidence.ess_ratio(self.algorithm.ess_weights)
@@ -117,13 +127,13 @@ class Learner:
         if self.critic is not None:
             self.critic.optimizer.step(1.0)
         return {
-            "loss": sum(part.loss for part in parts),
+            "loss": total_of([part.loss for part in parts], self.ranks),
             "on_policy_ratio": on_policy_ratio,
             "step_scale": scale,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             **evidence.metrics(),
-            **(critic_metrics(parts) if self.critic is not None else {}),
+            **(critic_metrics(parts, self.ranks) if self.critic is not None else {}),
             **group_metrics(groups, version),
             **({"masked_tokens": batch.masked_tokens} if self._masks_prefix else {}),
             "seconds_training": time.perf_counter() - begun,

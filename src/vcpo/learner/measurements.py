@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vcpo.estimators.ess import effective_sample_size, ess_ratio
+from vcpo.estimators.ess import (
+    effective_sample_size,
+    ess_partials,
+    ess_ratio,
+    ess_ratio_from_partials,
+)
 from vcpo.learner.accumulate import Contribution
+from vcpo.learner.ranks import ALONE, Ranks
 from vcpo.trajectory import Group
 
 
@@ -39,9 +45,12 @@ class StepEvidence:
     """[B]."""
     norm_errors: Tensor | None
     """[B] estimated relative errors of the squared norms."""
+    partials: Mapping[str, Tensor]
+    """[ranks, 3] what each rank adds to the ESS, by the weights it is of; of one rank alone, nothing."""
 
     @staticmethod
-    def of(contributions: Sequence[Contribution]) -> StepEvidence:
+    def of(contributions: Sequence[Contribution], ranks: Ranks = ALONE) -> StepEvidence:
+        """Each rank gives its own contributions; all of them get the same evidence."""
         parts = [(c.update, c.evidence) for c in contributions]
         errors = [c.relative_errors for c in contributions if c.relative_errors is not None]
         norms = [e.squared_score_norms for _, e in parts if e.squared_score_norms is not None]
@@ -50,22 +59,30 @@ class StepEvidence:
         sampled = [e.mask.any(-1) for _, e in parts]
         by_trajectory = parts[0][0].used_log_weights.dim() == 1
         used = [u.used_log_weights if by_trajectory else u.used_log_weights[e.mask] for u, e in parts]
+        log_weights = _where([u.log_weights for u, _ in parts], sampled)
+        used_log_weights = _where(used, sampled) if by_trajectory else torch.cat(used)
+        partials = {}
+        if ranks.several:
+            for name, own in (("sequence", log_weights), ("used", used_log_weights)):
+                partials[name] = ranks.gathered(ess_partials(own)[None])
         return StepEvidence(
-            log_weights=_where_sampled([u.log_weights for u, _ in parts], sampled),
-            used_log_weights=_where_sampled(used, sampled) if by_trajectory else torch.cat(used),
-            token_log_ratios=torch.cat([u.log_ratios[e.mask] for u, e in parts]),
-            advantages=_flat([(u.advantages, e.mask) for u, e in parts]),
-            baselines=_flat([(u.baselines, e.mask) for u, e in parts]),
-            limited=_flat([(u.limited, e.mask) for u, e in parts]),
-            squared_norms=torch.cat(norms) if norms else None,
-            norm_errors=torch.cat(errors) if errors else None,
+            log_weights=_or_one(ranks.gathered(log_weights)),
+            used_log_weights=_or_one(ranks.gathered(used_log_weights)),
+            token_log_ratios=ranks.gathered(torch.cat([u.log_ratios[e.mask] for u, e in parts])),
+            advantages=ranks.gathered(_flat([(u.advantages, e.mask) for u, e in parts])),
+            baselines=ranks.gathered(_flat([(u.baselines, e.mask) for u, e in parts])),
+            limited=ranks.gathered(_flat([(u.limited, e.mask) for u, e in parts])),
+            squared_norms=ranks.gathered(torch.cat(norms)) if norms else None,
+            norm_errors=ranks.gathered(torch.cat(errors)) if errors else None,
+            partials=partials,
         )
 
     def ess_ratio(self, weights: str) -> Tensor:
-        """Of the ``sequence`` weights, untruncated, or of the weights ``used``."""
-        if weights == "sequence" or not len(self.used_log_weights):
-            return ess_ratio(self.log_weights)
-        return ess_ratio(self.used_log_weights)
+        """Of the ``sequence`` weights, untruncated, or of the weights ``used``. Of many ranks from three
+        scalars each, so that they agree to the bit."""
+        if weights in self.partials and self.partials[weights][:, 2].any():
+            return ess_ratio_from_partials(self.partials[weights])
+        return ess_ratio(self.log_weights if weights == "sequence" else self.used_log_weights)
 
     def metrics(self) -> dict[str, float]:
         lw, ratios = self.log_weights.double(), self.token_log_ratios.double()
@@ -90,18 +107,18 @@ class StepEvidence:
         return {name: float(value) for name, value in figures.items()}
 
 
-def critic_metrics(contributions: Sequence[Contribution]) -> dict[str, float]:
-    """How well the critic predicts its targets."""
+def critic_metrics(contributions: Sequence[Contribution], ranks: Ranks = ALONE) -> dict[str, float]:
+    """How well the critic predicts its targets; each rank gives its own contributions."""
     pairs = [
         (c.update.value_targets[c.evidence.mask], c.update.baselines[c.evidence.mask])
         for c in contributions
         if c.update.value_targets is not None
     ]
-    targets, values = (torch.cat(part) for part in zip(*pairs, strict=True))
+    targets, values = (ranks.gathered(torch.cat(part)) for part in zip(*pairs, strict=True))
     spread = targets.var(correction=0) if len(targets) else torch.zeros(())
     explained = 1 - (targets - values).var(correction=0) / spread if spread > 0 else torch.zeros(())
     return {
-        "value_loss": sum(c.value_loss for c in contributions),
+        "value_loss": total_of([c.value_loss for c in contributions], ranks),
         "value_explained": float(explained),
     }
 
@@ -111,10 +128,19 @@ def _flat(tables: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat([table[mask] if table.dim() == 2 else table for table, mask in tables])
 
 
-def _where_sampled(parts: Sequence[Tensor], sampled: Sequence[Tensor]) -> Tensor:
-    """Entries of trajectories with sampled tokens; a single weight of 1 if there is none at all."""
-    chosen = torch.cat([part[keep] for part, keep in zip(parts, sampled, strict=True)])
-    return chosen if len(chosen) else torch.zeros(1)
+def _where(parts: Sequence[Tensor], sampled: Sequence[Tensor]) -> Tensor:
+    """Entries of trajectories with sampled tokens."""
+    return torch.cat([part[keep] for part, keep in zip(parts, sampled, strict=True)])
+
+
+def _or_one(log_weights: Tensor) -> Tensor:
+    """A single weight of 1 where there is none at all."""
+    return log_weights if len(log_weights) else torch.zeros(1)
+
+
+def total_of(own: Sequence[float], ranks: Ranks) -> float:
+    """Over all contributions of all ranks."""
+    return ranks.total(sum(own)) if ranks.several else sum(own)
 
 
 def group_metrics(groups: Sequence[Group], version: int) -> dict[str, Any]:

@@ -95,14 +95,13 @@ def without_off_policy_prefix(trajectory: Trajectory) -> Trajectory:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the forward pass of one micro-batch gave, and perhaps its backward pass."""
+class Figures:
+    """What was measured of some trajectories: of one micro-batch, or of all that a rank had."""
 
     members: list[int]
     """Places in the minibatch."""
-    rows: PackedRows
     log_probs: Tensor
-    """[N] of the sampled tokens, detached."""
+    """[N] of the sampled tokens, trajectory by trajectory, detached."""
     squared_norms: Tensor | None = None
     """[B] of nᵢ ∇log π, detached."""
     relative_errors: Tensor | None = None
@@ -113,11 +112,18 @@ class Measured:
     """[N] the critic's, detached."""
 
 
-def evidence_of(parts: Sequence[Measured], batch: Minibatch) -> Evidence:
+@dataclass(frozen=True, kw_only=True)
+class Measured(Figures):
+    """What the forward pass of one micro-batch gave, and perhaps its backward pass."""
+
+    rows: PackedRows
+
+
+def evidence_of(parts: Sequence[Figures], batch: Minibatch) -> Evidence:
     """Gather micro-batches into one [B, A] table on the CPU, in their order."""
     members = [i for part in parts for i in part.members]
     trajectories = [batch.trajectories[i] for i in members]
-    width = max(part.rows.width for part in parts)
+    width = max([1, *(t.action_count for t in trajectories)])
     behaviour = torch.zeros(len(members), width, dtype=torch.float32)
     lags = torch.zeros(len(members), width, dtype=torch.long)
     mask = torch.zeros(len(members), width, dtype=torch.bool)
@@ -129,32 +135,29 @@ def evidence_of(parts: Sequence[Measured], batch: Minibatch) -> Evidence:
         mask[row, : len(sampled)] = True
     norms = [part.squared_norms for part in parts if part.squared_norms is not None]
     entropies, energies = (
-        _table(parts, [None if p.distributions is None else p.distributions[k] for p in parts], width)
-        for k in (0, 1)
+        _table([None if p.distributions is None else p.distributions[k] for p in parts], mask) for k in (0, 1)
     )
-    log_probs = _table(parts, [part.log_probs for part in parts], width)
+    log_probs = _table([part.log_probs for part in parts], mask)
     assert log_probs is not None
     return Evidence(
         log_probs=log_probs,
         behaviour_log_probs=behaviour,
         mask=mask,
         rewards=batch.rewards[members],
-        groups=torch.tensor([batch.groups[i] for i in members]),
+        groups=torch.tensor([batch.groups[i] for i in members], dtype=torch.long),
         lags=lags,
         squared_score_norms=torch.cat(norms).cpu() if norms else None,
         entropies=entropies,
         energies=energies,
-        values=_table(parts, [part.values for part in parts], width),
+        values=_table([part.values for part in parts], mask),
     )
 
 
-def _table(parts: Sequence[Measured], values: Sequence[Tensor | None], width: int) -> Tensor | None:
-    """[B, width] float32 of the [N] values of each part; None if a part has none."""
-    rows = []
-    for part, own in zip(parts, values, strict=True):
-        if own is None:
-            return None
-        table = torch.zeros(len(part.members), width, dtype=torch.float32)
-        table[:, : part.rows.width] = part.rows.spread(own).float().cpu()
-        rows.append(table)
-    return torch.cat(rows)
+def _table(parts: Sequence[Tensor | None], mask: Tensor) -> Tensor | None:
+    """[B, A] float32 of the values of each part's sampled tokens; None if a part has none."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    table = torch.zeros(mask.shape, dtype=torch.float32)
+    table[mask] = torch.cat(known).float().cpu()
+    return table

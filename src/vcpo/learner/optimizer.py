@@ -19,6 +19,7 @@ from torch import nn
 
 from vcpo.config import LearnerConfig
 from vcpo.errors import NonFiniteError, VcpoError
+from vcpo.learner.sharding import part_of, whole
 
 _MASTER = "master"
 
@@ -52,7 +53,7 @@ class ScaledAdamW:
 
     def clip(self) -> float:
         """Clip the gradient to ``max_grad_norm`` (Euclidean, over all parameters); the norm before it."""
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)))
         if not math.isfinite(norm):
             raise NonFiniteError("gradient norm", None, "no step was taken; the last checkpoint is intact")
         return norm
@@ -102,8 +103,8 @@ class ScaledAdamW:
                 raise VcpoError(f"the optimizer state is of another model: it has moments for {name}")
             master = by_name[name]
             if kind == _MASTER:
-                master.data.copy_(value)
+                master.data.copy_(part_of(value, master))
             else:  # AdamW keeps its count of steps on the CPU
-                home = value.clone() if kind == "step" else value.to(master.device, copy=True)
-                self._adamw.state[master][kind] = home
+                home = value if kind == "step" else part_of(value, master)
+                self._adamw.state[master][kind] = home.clone()
         self.steps = steps

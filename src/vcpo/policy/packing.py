@@ -78,7 +78,8 @@ def row_layout(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(trajectories: Sequence[Trajectory], *, pad_id: int = 0, packed: bool = True) -> PackedRows:
-    """Pack into rows as long as the longest trajectory; ``packed=False`` gives each a row of its own.
+    """Pack into rows as long as the longest trajectory; ``packed=False`` gives each a row of its own. No
+    trajectory at all makes one row of padding, so that a model can be called.
 
     Raises VcpoError if a trajectory's first token is marked as sampled: no logits come before it.
     """
@@ -87,7 +88,7 @@ def pack(trajectories: Sequence[Trajectory], *, pad_id: int = 0, packed: bool = 
             raise VcpoError(f"trajectory {i} marks its first token as sampled: it needs a prompt before it")
     lengths = [len(t.tokens) for t in trajectories]
     capacity = max(max(lengths, default=1), 1)
-    rows = row_layout(lengths, capacity) if packed else [[i] for i in range(len(lengths))]
+    rows = (row_layout(lengths, capacity) if packed else [[i] for i in range(len(lengths))]) or [[]]
     ids = np.full((len(rows), capacity), pad_id, np.int64)
     positions = np.zeros((len(rows), capacity), np.int64)
     segments = np.full((len(rows), capacity), PADDING, np.int64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vcpo.errors import VcpoError
 
@@ -39,6 +40,11 @@ class Evidence:
     """1 − 2 π(y_t) + Σ_v π(v)²; only if ``needs_distributions``."""
     values: Float[Tensor, "B T"] | None = None
     """The critic's V before each token; only if ``needs_values``."""
+
+    def rows(self, places: Sequence[int]) -> Evidence:
+        """Of some trajectories alone."""
+        chosen: dict[str, Any] = {k: None if v is None else v[list(places)] for k, v in vars(self).items()}
+        return Evidence(**chosen)
 
     def required(self, name: str, who: str) -> Tensor:
         """The field ``name``, or VcpoError saying who needs it."""
