@@ -100,7 +100,8 @@ class Found:
 
 
 def learner_of(case: Case, ranks: Ranks = ALONE) -> Learner:
-    policy = policy_of(nn.Module.to(tiny_model(case.model), case.precision))
+    model: Any = nn.Module.to(tiny_model(case.model), case.precision)
+    policy = policy_of(model)
     if case.lora:
         policy = with_adapters(policy, LoraConfig(rank=2), seed=0)
         for name, parameter in policy.model.named_parameters():

@@ -128,7 +128,7 @@ class Overheard:
             service: LearnerService, records: Sequence[bytes], skipped: Sequence[tuple[int, float]] = ()
         ) -> dict[str, Any]:
             heard.groups.append([Group.from_bytes(record) for record in records])
-            heard.weights.append({name: t.clone() for name, t in service.tensors().items()})
+            heard.weights.append({name: t.clone() for name, t in service.tensors()})
             heard.skipped.append(list(skipped))
             return step(service, records, skipped)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from vcpo.config import Config, load_config
-from vcpo.errors import DataError, NonFiniteError, PublicationError, VcpoError, WorkerError
+from vcpo.errors import ConfigError, DataError, NonFiniteError, PublicationError, VcpoError, WorkerError
 from vcpo.monitor.progress import SilentProgress
 from vcpo.monitor.sinks import read_metrics
 from vcpo.pipeline.run_folder import RunFolder
@@ -136,6 +136,51 @@ def test_warm_start_steps_are_shown(tmp_path: Path) -> None:
     assert Listening.heard[warming + 1 : warming + 4] == ["loss"] * 3
     assert Listening.heard[training + 1 : training + 3] == [1, 2]
     assert warming + 3 < training
+
+
+def test_every_rank_of_the_learner_takes_every_step_and_the_first_one_speaks(
+    tmp_path: Path, notes: Path
+) -> None:
+    summary = train(config_of(tmp_path, runtime__learner_ranks=3))
+    assert (summary["completed"], summary["steps"]) == (True, 10)
+    assert sorted(row["rank"] for row in noted(notes, "met")) == [0, 1, 2]
+    first = noted(notes, "trained")
+    assert [row["version"] for row in first] == list(range(10))
+    assert noted(notes, "trained-1") == noted(notes, "trained-2") == first
+    assert len({row["folder"] for row in noted(notes, "transfers")}) == 1  # of the first rank
+    logs = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
+    assert logs == ["learner-0.log", "learner-1.log", "learner-2.log", "sampler-0.log"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "message"),
+    [
+        ("learner-1:step:kill", WorkerError, "learner-1 was killed by signal 9; see LOGS/learner-1.log"),
+        (
+            "learner-1:step:RuntimeError",
+            WorkerError,
+            "learner-1: RuntimeError: out of luck; see LOGS/learner-1.log",
+        ),
+        (
+            "learner-1:step:block",
+            WorkerError,
+            "learner-1 did not answer 'step' within 3 s (runtime.timeout_seconds); see LOGS/learner-1.log",
+        ),
+    ],
+)
+def test_a_rank_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, kind: type[VcpoError], message: str
+) -> None:
+    monkeypatch.setenv("VCPO_TEST_TROUBLE", trouble)
+    with pytest.raises(kind) as raised:
+        train(config_of(tmp_path, runtime__learner_ranks=2, runtime__timeout_seconds=3))
+    assert str(raised.value) == message.replace("LOGS", str(tmp_path / "run" / "logs"))
+
+
+def test_ranks_need_processes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"learner_ranks = 2 needs pipeline\.mode = 'async'"):
+        train(config_of(tmp_path, runtime__learner_ranks=2, pipeline__mode="exact"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Real models in real processes: three runs only, as each imports transformers in two children."""
+"""Real models in real processes: few runs, as each imports transformers in two children."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from vcpo.config import Config, load_config
@@ -120,6 +121,24 @@ def test_lag_zero_in_processes_is_the_exact_run_to_the_bit(tmp_path: Path) -> No
     for key in ("accuracy_after_reward", "greedy_accuracy_after_reward", "action_tokens"):
         assert summaries[0][key] == summaries[1][key]
     assert any(row["grad_norm"] > 0 for row in read_metrics(exact))
+
+
+def test_two_ranks_train_as_one_and_go_on_as_one(tmp_path: Path) -> None:
+    """With lag 0 nothing depends on timing; a rank's sums are rounded otherwise than one process's."""
+    for name, ranks in (("one", 1), ("two", 2)):
+        settings = {"pipeline__lag": 0, "pipeline__steps": 4, "runtime__learner_ranks": ranks}
+        assert train(config_of(tmp_path, name, **settings))["completed"]
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    rewards = [[row["reward"] for row in read_metrics(tmp_path / name)] for name in ("one", "two")]
+    assert rewards[0] == rewards[1]
+
+    run = tmp_path / "two"
+    config = load_config(run / "config.toml", ["--runtime.learner_ranks=1", "--pipeline.steps=6"])
+    assert train(config, resume=run)["steps"] == 6
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def start(run: Path) -> subprocess.Popen[str]:

@@ -21,6 +21,7 @@ from vcpo.environments.registry import environment_class
 from vcpo.errors import ConfigError
 from vcpo.pipeline.build import algorithm_of
 from vcpo.pipeline.engines import check_engine
+from vcpo.pipeline.processes import check_processes
 
 RUNS_FOLDER = "runs"
 
@@ -197,6 +198,7 @@ def make_cell(
         config = apply_overrides(base, overrides)
         algorithm_of(config)
         check_engine(config)
+        check_processes(config)
         environment_class(config.environment.kind)
     except ConfigError as error:
         raise type(error)(f"{label} at lag {lag}: {error}") from error

@@ -311,6 +311,8 @@ class EvaluationConfig(Section):
 class RuntimeConfig(Section):
     samplers: PositiveInt = 1
     """Sampler processes (async mode)."""
+    learner_ranks: PositiveInt = 1
+    """Processes that share the learner, its weights and its work (FSDP2; async mode); on cuda one a GPU."""
     threads: PositiveInt = 1
     """Torch threads of each process; small models are fastest with 1."""
     timeout_seconds: PositiveFloat = 600.0

@@ -70,7 +70,11 @@ class Teacher:
         width = max(map(len, prompts))
         ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=model.device)
         seen = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in prompts], device=model.device)
-        hidden = model.base_model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
+        # The whole model is called: where it is sharded, that is what gathers the parameters.
+        output = model(
+            input_ids=ids, attention_mask=seen, use_cache=False, output_hidden_states=True, logits_to_keep=1
+        )
+        hidden = output.hidden_states[-1]
         weights = seen[..., None] / seen.sum(-1)[:, None, None]
         return (hidden.float() * weights).sum(1).cpu()
 

@@ -29,6 +29,7 @@ from vcpo.environments.protocol import (
 from vcpo.environments.registry import environment_class
 from vcpo.errors import ConfigError
 from vcpo.learner.learner import Learner
+from vcpo.learner.ranks import ALONE, Ranks
 from vcpo.learner.supervised import warm_start
 from vcpo.pipeline.cache import cache_folder
 from vcpo.pipeline.calibration import find_calibration
@@ -84,7 +85,9 @@ def build_policy(config: Config, listener: WarmStartListener = lambda loss: None
     return policy
 
 
-def build_learner(config: Config, policy: Policy, run_folder: Path | None = None) -> Learner:
+def build_learner(
+    config: Config, policy: Policy, run_folder: Path | None = None, ranks: Ranks = ALONE
+) -> Learner:
     """``run_folder`` may have a calibration of the run's own."""
     ratio = config.algorithm.on_policy_ratio
     if ratio == "calibrated":
@@ -98,6 +101,7 @@ def build_learner(config: Config, policy: Policy, run_folder: Path | None = None
         temperature=temperature,
         longest_answer=config.environment.max_tokens,
         step_scales=read_step_scales(config),
+        ranks=ranks,
     )
 
 

@@ -13,6 +13,7 @@ from vcpo.errors import ModelError, UnreachableDataError
 from vcpo.pipeline.build import algorithm_of, build_environment, small_alphabet
 from vcpo.pipeline.calibration import find_calibration
 from vcpo.pipeline.engines import check_engine
+from vcpo.pipeline.processes import check_processes
 from vcpo.pipeline.session import lag_bound_of
 from vcpo.pipeline.step_scales import read_step_scales
 
@@ -41,6 +42,7 @@ class ModelSize:
 def plan_text(config: Config, run_folder: Path | None = None) -> str:
     """The resolved plan for people: processes, memory, tokens, bounds. ``run_folder``: of a run to resume."""
     check_engine(config)
+    check_processes(config)
     read_step_scales(config)
     _go_offline_if_the_hub_is_silent(config)
     size = _size_if_reachable(config)
@@ -76,8 +78,9 @@ def _processes(config: Config) -> str:
     threads = f"{config.runtime.threads} torch thread{'s' if config.runtime.threads > 1 else ''} each"
     if config.pipeline.mode == "exact":
         return f"1 (learner and sampler in turn), {threads}"
-    samplers = config.runtime.samplers
-    return f"controller, learner, {samplers} sampler{'s' if samplers > 1 else ''}, {threads}"
+    samplers, ranks = config.runtime.samplers, config.runtime.learner_ranks
+    learner = f"{ranks} ranks of the learner" if ranks > 1 else "learner"
+    return f"controller, {learner}, {samplers} sampler{'s' if samplers > 1 else ''}, {threads}"
 
 
 def _model(config: Config, size: ModelSize | None) -> str:
@@ -114,13 +117,14 @@ def _memory(config: Config, size: ModelSize) -> list[tuple[str, str]]:
     # A gradient and two moments of what is trained, and a master copy where that is of few bits.
     optimizer = published + (size.adapters or size.parameters) * (8 if size.adapters or width == 4 else 12)
     logits = _LOGITS * config.learner.token_budget * size.vocabulary
+    ranks = config.runtime.learner_ranks
     # Keys and values per token of a full cache: every slot as long as the context, one padding column.
     cache = config.sampler.slots * (size.context_length + 1) * size.layers * size.key_value_width * sampled
     return [
         (
-            "learner memory",
-            f"{_bytes(weights + optimizer)} for weights, gradients and optimizer, plus activations of "
-            f"{config.learner.token_budget:,} tokens{_kept(config)} (logits alone about {_bytes(logits)})",
+            "learner memory" if ranks == 1 else "memory of a rank",
+            f"{_bytes((weights + optimizer) / ranks)} for weights, gradients and optimizer, plus activations "
+            f"of {config.learner.token_budget:,} tokens{_kept(config)} (logits alone about {_bytes(logits)})",
         ),
         (
             "sampler memory",

@@ -6,15 +6,17 @@ never unpacks a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vcpo.config import Config
+from vcpo.config import Config, ModelConfig
 from vcpo.learner.checkpoint import latest_checkpoint, load_checkpoint, read_part, save_checkpoint
 from vcpo.learner.learner import Learner
+from vcpo.learner.ranks import ALONE, Ranks
+from vcpo.learner.sharding import whole, whole_tensors
 from vcpo.pipeline.build import (
     WarmStartListener,
     algorithm_of,
@@ -34,7 +36,7 @@ from vcpo.samplers.protocol import Sampler
 from vcpo.samplers.rounding import Rounding
 from vcpo.samplers.tasks import gather_all
 from vcpo.trajectory import Group
-from vcpo.weights import Probe, Weights, checksum, weight_tensors, write_adapter
+from vcpo.weights import Probe, Weights, checksum, load_weights, weight_tensors, write_adapter
 
 TEACHER = "teacher"
 """Its part of a checkpoint."""
@@ -45,6 +47,9 @@ class LearnerService:
 
     def __init__(self, config: Config, run_folder: Path) -> None:
         self._config, self._run_folder = config, run_folder
+        self._made: Policy | None = None
+        """The initial model, if it was made here."""
+        self._ranks = ALONE
         self._policy: Policy
         self._learner: Learner
         self._selector: Selector | None = None
@@ -52,20 +57,28 @@ class LearnerService:
         self._rounding: Rounding | None = None
         """What the local sampler makes of the weights."""
 
-    def begin(self, *, resume: bool, listener: WarmStartListener = lambda loss: None) -> Begun:
-        initial = self._run_folder / "initial_model"
+    def prepare(self, *, resume: bool, listener: WarmStartListener = lambda loss: None) -> None:
+        """Make the model of a recipe that names none, and write it down: the first rank does so alone, before
+        the others are asked to begin."""
         algorithm_of(self._config)  # a wrong name is told before the warm start, not after
-        source = self._config.model.name or str(initial)
-        if resume and not self._config.model.name and initial.exists():
-            self._policy = load_policy(source, self._config.model)
-        else:
-            self._policy = build_policy(self._config, listener)
-            if not self._config.model.name:
-                self._save_whole(initial)
-        self._policy = with_adapters(self._policy, self._config.lora, self._config.run.seed)
-        self._learner = build_learner(self._config, self._policy, self._run_folder)
+        if self._config.model.name or (resume and self._initial.exists()):
+            return
+        self._made = build_policy(self._config, listener)
+        self._save_whole(self._made, self._initial)
+
+    def begin(
+        self, *, resume: bool, listener: WarmStartListener = lambda loss: None, ranks: Ranks = ALONE
+    ) -> Begun:
+        """Be ready for steps. Ranks that share the learner all do everything that is asked of it from here
+        on, with the same arguments; the first one writes files."""
+        if not ranks.several:
+            self.prepare(resume=resume, listener=listener)
+        self._ranks = ranks
+        policy = load_policy(self._source, self._settings(ranks)) if self._made is None else self._made
+        self._policy = with_adapters(policy, self._config.lora, self._config.run.seed)
         if self._config.sampler.kind == "local":
             self._rounding = Rounding(self._policy.model, self._config.sampler)
+        self._learner = build_learner(self._config, self._policy, self._run_folder, ranks)
         if self._config.pipeline.selection != "all":
             self._selector = Selector(self._config, self._policy)
         checkpoint = latest_checkpoint(self._run_folder) if resume else None
@@ -74,12 +87,25 @@ class LearnerService:
             self._selector.teacher.load_state(read_part(checkpoint, TEACHER))
         parameters = sum(p.numel() for p in self._policy.model.parameters())
         position, sifts = state.get("position", {}), dynamic_sampling(self._config)
-        return Begun(self._learner.version, source, position, parameters, sifts)
+        return Begun(self._learner.version, self._source, position, parameters, sifts)
 
-    def _save_whole(self, folder: Path) -> None:
+    def _settings(self, ranks: Ranks) -> ModelConfig:
+        """Ranks shard the model on its way from the CPU to their devices: it need not fit one of them."""
+        model = self._config.model
+        return model.model_copy(update={"device": "cpu"}) if ranks.several else model
+
+    @property
+    def _initial(self) -> Path:
+        return self._run_folder / "initial_model"
+
+    @property
+    def _source(self) -> str:
+        return self._config.model.name or str(self._initial)
+
+    def _save_whole(self, policy: Policy, folder: Path) -> None:
         """Save so that a run killed meanwhile leaves the whole folder or none of it."""
         partial = folder.with_name(f".partial-{folder.name}")
-        self._policy.save(partial)
+        policy.save(partial)
         partial.rename(folder)
 
     def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> dict[str, Any]:
@@ -95,14 +121,18 @@ class LearnerService:
         """Which problem of the training stream each of the groups plays."""
         return list(numbers) if self._selector is None else self._selector.choose(numbers)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The current weights: live, not copied."""
-        return weight_tensors(self._policy.model)
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights by name, in order, whole: live, not copied, or gathered one at a time."""
+        for name, tensor in sorted(weight_tensors(self._policy.model).items()):
+            yield name, whole(tensor)
 
     def weights(self) -> tuple[int, dict[str, Tensor], str]:
-        """Version, tensors (live, not copied) and the checksum that samplers must answer with: of what they
-        serve, which is rounded where their settings say so; vLLM's answer with that of what they took."""
-        tensors = self.tensors()
+        """Version, tensors (live, not copied, or gathered on the first rank) and the checksum that samplers
+        must answer with: of what they serve, which is rounded where their settings say so; vLLM's answer
+        with that of what they took."""
+        tensors = whole_tensors(weight_tensors(self._policy.model), self._ranks)
+        if not self._ranks.first:
+            return self._learner.version, {}, ""
         served = self._rounding.of_published(tensors) if self._rounding is not None else tensors
         return self._learner.version, tensors, checksum(served)
 
@@ -116,11 +146,21 @@ class LearnerService:
 
     def export(self, folder: Path) -> None:
         """Write the model in Hugging Face format, adapters merged, and ``adapter`` beside it as PEFT does."""
-        merged(self._policy).save(folder)
+        tensors = whole_tensors(weight_tensors(self._policy.model), self._ranks)
+        if not self._ranks.first:
+            return
+        merged(self._whole_policy(tensors)).save(folder)
         if self._config.lora.rank:
-            source = self._config.model.name or str(self._run_folder / "initial_model")
-            tensors = weight_tensors(self._policy.model)
-            write_adapter(folder.with_name("adapter"), self._config.lora, tensors, source)
+            write_adapter(folder.with_name("adapter"), self._config.lora, tensors, self._source)
+
+    def _whole_policy(self, tensors: Mapping[str, Tensor]) -> Policy:
+        """The policy; of a sharded one a copy with these tensors, on the CPU."""
+        if not self._ranks.several:
+            return self._policy
+        policy = load_policy(self._source, self._settings(self._ranks))
+        policy = with_adapters(policy, self._config.lora, self._config.run.seed)
+        load_weights(policy.model, tensors)
+        return policy
 
 
 class RolloutService:

@@ -21,10 +21,12 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
     """
     from vcpo.pipeline.calibration import find_calibration
     from vcpo.pipeline.engines import check_engine
+    from vcpo.pipeline.processes import check_processes
     from vcpo.pipeline.run_folder import RunFolder
     from vcpo.pipeline.step_scales import read_step_scales
 
     check_engine(config)
+    check_processes(config)
     read_step_scales(config)
     calibrated = config.algorithm.on_policy_ratio == "calibrated"
     calibration = find_calibration(config, resume) if calibrated else None

@@ -24,6 +24,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -144,30 +145,52 @@ class WorkerProcess:
 
 
 class LocalLearner:
-    """The learner in a child process."""
+    """The learner in a child process, or in one for each of its ranks: they all get every request, and do it
+    together; the first one's answer counts."""
 
-    def __init__(self, worker: WorkerProcess) -> None:
-        self._worker = worker
+    def __init__(self, workers: Sequence[WorkerProcess]) -> None:
+        self._workers = workers
+
+    async def _request(self, do: str, body: bytes = b"", **header: Any) -> dict[str, Any]:
+        """The first error of any rank is raised at once: the others may be waiting for that rank."""
+        answers = await asyncio.gather(*(worker.request(do, body, **header) for worker in self._workers))
+        return answers[0][0]
+
+    async def begin(self, meeting: Path, **header: Any) -> dict[str, Any]:
+        """Several ranks meet in the file ``meeting``, once the first has made the model they all load."""
+        first, size = self._workers[0], len(self._workers)
+        if size == 1:
+            return (await first.request("begin", ranks=None, **header))[0]
+        await first.request("prepare", **header)
+        places = [{"rank": rank, "size": size, "meeting": f"file://{meeting}"} for rank in range(size)]
+        requests = (
+            worker.request("begin", ranks=place, **header)
+            for worker, place in zip(self._workers, places, strict=True)
+        )
+        return (await asyncio.gather(*requests))[0][0]
+
+    async def meet(self, **place: Any) -> None:
+        """Join the broadcast of weights to engines, as its sender."""
+        await self._workers[0].request("meet", **place)
 
     async def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> StepResult:
         lengths, body = join_records(list(records))
-        header, _ = await self._worker.request("step", body, lengths=lengths, skipped=list(skipped))
+        header = await self._request("step", body, lengths=lengths, skipped=list(skipped))
         return StepResult(_metrics(header["metrics"]), Publication(**header["publication"]))
 
     def send(self, publication: Publication) -> Awaitable[object]:
         if isinstance(publication.source, str):  # a file, which is there already
             return asyncio.sleep(0)
-        return self._worker.request("broadcast")
+        return asyncio.ensure_future(self._request("broadcast"))
 
     async def choose(self, numbers: Sequence[int]) -> list[int]:
-        header, _ = await self._worker.request("choose", numbers=list(numbers))
-        return header["problems"]
+        return (await self._request("choose", numbers=list(numbers)))["problems"]
 
     async def checkpoint(self, position: dict[str, Any]) -> None:
-        await self._worker.request("checkpoint", position=position)
+        await self._request("checkpoint", position=position)
 
     async def export(self, folder: Path) -> None:
-        await self._worker.request("export", folder=str(folder))
+        await self._request("export", folder=str(folder))
 
 
 class LocalSampler:
@@ -226,11 +249,14 @@ class _Run:
         self._workers: list[WorkerProcess] = []
         self._controller: Controller | None = None
         self._transfer: Path | None = None
+        self._meeting: Path | None = None
 
     async def __call__(self) -> dict[str, Any]:
         try:
             names = [f"sampler-{i}" for i in range(self._config.runtime.samplers)]
-            learner = await self._start("learner", "learner")
+            count = self._config.runtime.learner_ranks
+            ranks = [f"learner-{rank}" for rank in range(count)] if count > 1 else ["learner"]
+            learner = [await self._start("learner", name) for name in ranks]
             samplers = [await self._start("sampler", name) for name in names]
             training = asyncio.ensure_future(self._train(learner, samplers))
             stop_on_signals(lambda: stop_in_order(self._controller, training))
@@ -242,22 +268,23 @@ class _Run:
                 return interrupted_summary(self._run)
         finally:
             await asyncio.gather(*(w.end() for w in self._workers))
-            if self._transfer is not None:
-                shutil.rmtree(self._transfer, ignore_errors=True)
+            for folder in filter(None, (self._transfer, self._meeting)):
+                shutil.rmtree(folder, ignore_errors=True)
 
     async def _start(self, role: str, name: str) -> WorkerProcess:
         worker = await WorkerProcess.start(role, name, self._config, self._run.logs)
         self._workers.append(worker)
         return worker
 
-    async def _train(self, learner: WorkerProcess, samplers: list[WorkerProcess]) -> dict[str, Any]:
+    async def _train(self, ranks: list[WorkerProcess], samplers: list[WorkerProcess]) -> dict[str, Any]:
         config, progress = self._config, self._progress
         description = config.model_dump(mode="json")
         progress.phase("loading", None)
         warming = WarmStartPhase(progress, config.warm_start.steps)
-        learner.on_event = lambda header, body: warming(header["loss"])
-        header, _ = await learner.request(
-            "begin", config=description, run_folder=str(self._run.path), resume=self._resume
+        ranks[0].on_event = lambda header, body: warming(header["loss"])
+        learner, self._meeting = LocalLearner(ranks), Path(tempfile.mkdtemp(prefix="vcpo-"))
+        header = await learner.begin(
+            self._meeting / "ranks", config=description, run_folder=str(self._run.path), resume=self._resume
         )
         begun, initial = Begun(**header["begun"]), Publication(**header["publication"])
         if isinstance(initial.source, str):
@@ -270,7 +297,7 @@ class _Run:
             await _meet(learner, samplers)
         arrivals: Arrivals = asyncio.Queue()
         parts = Parts(
-            learner=LocalLearner(learner),
+            learner=learner,
             samplers=[LocalSampler(worker, arrivals) for worker in samplers],
             arrivals=arrivals,
             begun=begun,
@@ -283,7 +310,7 @@ class _Run:
         self._controller = controller
 
 
-async def _meet(learner: WorkerProcess, samplers: Sequence[WorkerProcess]) -> None:
+async def _meet(learner: LocalLearner, samplers: Sequence[WorkerProcess]) -> None:
     """Bring learner (rank 0) and all workers of all engines into one group for broadcasts."""
     from vcpo.samplers.vllm.process import free_port
 
@@ -292,7 +319,7 @@ async def _meet(learner: WorkerProcess, samplers: Sequence[WorkerProcess]) -> No
     place = {"address": "127.0.0.1", "port": free_port(), "world_size": 1 + sum(counts)}
     offsets = itertools.accumulate(counts, initial=1)
     await asyncio.gather(
-        learner.request("meet", **place),
+        learner.meet(**place),
         *(s.request("meet", offset=o, **place) for s, o in zip(samplers, offsets, strict=False)),
     )
 

@@ -29,6 +29,9 @@ from vcpo.runtime.channel import BlockingChannel, Channel, ChannelClosed, split_
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vcpo.learner.ranks import Ranks
+    from vcpo.samplers.vllm.inside.vcpo_rendezvous import WeightGroup
+
 Reply = dict[str, Any]
 
 PARENT_GONE_SECONDS = 3.0
@@ -52,13 +55,27 @@ def configure(header: dict[str, Any]) -> Config:
     return config
 
 
+def meet_ranks(place: dict[str, Any], config: Config) -> Ranks:
+    """Join the other ranks of the learner, all of them on this machine."""
+    from vcpo.learner.ranks import join
+
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else is to be let in
+    timeout = config.runtime.timeout_seconds
+    return join(place["rank"], place["size"], place["meeting"], config.model.device, timeout)
+
+
 class LearnerProcess:
-    """Answers for the learner, one request at a time."""
+    """Answers for the learner, or one of its ranks, one request at a time."""
 
     _config: Config
 
     def __init__(self, channel: BlockingChannel) -> None:
         self._channel = channel
+        self._service: Any
+        self._first = True
+        """Whether this is the first rank, which speaks for all."""
+        self._group: WeightGroup | None = None
         self._transfer: Path | None = None
 
     def serve(self) -> None:
@@ -80,13 +97,26 @@ class LearnerProcess:
             reply = error_reply(error)
         self._channel.send({"id": header["id"], **reply})
 
+    def do_prepare(self, header: dict[str, Any], body: bytes) -> Reply:
+        self._make(header)
+        self._service.prepare(resume=header["resume"], listener=self._on_warm_start)
+        return {}
+
     def do_begin(self, header: dict[str, Any], body: bytes) -> Reply:
+        if "ranks" not in header or header["ranks"] is None or header["ranks"]["rank"]:
+            self._make(header)  # the first of several ranks has, to prepare
+        together = {}
+        if place := header.get("ranks"):
+            self._first = place["rank"] == 0
+            together = {"ranks": meet_ranks(place, self._config)}
+        begun = self._service.begin(resume=header["resume"], listener=self._on_warm_start, **together)
+        return {"begun": vars(begun), "publication": self._publication()}
+
+    def _make(self, header: dict[str, Any]) -> None:
         from vcpo.pipeline.services import LearnerService
 
         self._config = configure(header)
         self._service = LearnerService(self._config, Path(header["run_folder"]))
-        begun = self._service.begin(resume=header["resume"], listener=self._on_warm_start)
-        return {"begun": vars(begun), "publication": self._publication()}
 
     def do_step(self, header: dict[str, Any], body: bytes) -> Reply:
         skipped = [(problem, reward) for problem, reward in header["skipped"]]
@@ -108,17 +138,20 @@ class LearnerProcess:
         self._channel.send({"event": "warm start", "loss": loss})
 
     def _publication(self) -> Reply:
-        """Put the current weights where the samplers can map them.
+        """Put the current weights where the samplers can map them; the first of several ranks does so.
 
         When version v is written, every sampler serves v - 2 already: the controller waits for v - 1 to be
         served before it sends v. So older files can go.
         """
         version, weights, checksum = self._service.weights()
         probe = self._service.probe()
+        source: Any = None
+        if self._first:
+            source = self._announced(weights) if self._broadcasts else str(self._file(version, weights))
         return {
             "version": version,
             "checksum": checksum,
-            "source": self._announced(weights) if self._broadcasts else str(self._file(version, weights)),
+            "source": source,
             "probe": None if probe is None else vars(probe),
         }
 
@@ -143,8 +176,9 @@ class LearnerProcess:
         return {}
 
     def do_broadcast(self, header: dict[str, Any], body: bytes) -> Reply:
-        for _, tensor in sorted(self._service.tensors().items()):
-            self._group.broadcast(tensor.contiguous())
+        for _, tensor in self._service.tensors():
+            if self._group is not None:
+                self._group.broadcast(tensor.contiguous())
         return {}
 
     def _file(self, version: int, weights: Mapping[str, Tensor]) -> Path:

@@ -57,9 +57,13 @@ class LightLearner:
         self._config, self._file = config, run_folder / "light-checkpoint.json"
         self._version = 0
 
-    def begin(self, *, resume: bool, listener: Callable[[float], None]) -> Any:
+    def prepare(self, *, resume: bool, listener: Callable[[float], None]) -> None:
+        pass
+
+    def begin(self, *, resume: bool, listener: Callable[[float], None], ranks: Any = None) -> Any:
         from vcpo.pipeline.controller import Begun
 
+        self._rank = 0 if ranks is None else ranks.rank
         for _ in range(self._config.warm_start.steps):
             listener(0.5)
         trouble("learner:begin")
@@ -71,10 +75,14 @@ class LightLearner:
         from vcpo.trajectory import Group
 
         if self._version == 3:
-            trouble("learner:step")
+            trouble(f"learner-{self._rank}:step" if self._rank else "learner:step")
         time.sleep(0.005)
         groups = [Group.from_bytes(record) for record in records]
-        note("trained", version=self._version, groups=[g.index for g in groups])
+        note(
+            "trained" if self._rank == 0 else f"trained-{self._rank}",
+            version=self._version,
+            groups=[g.index for g in groups],
+        )
         lags = [self._version - g.oldest_version for g in groups]
         self._version += 1
         return {
@@ -91,15 +99,17 @@ class LightLearner:
         return None
 
     def weights(self) -> tuple[int, dict[str, Any], str]:
-        return self._version, {"version": SimpleNamespace(nbytes=8)}, f"checksum-{self._version}"
+        return self._version, {"version": SimpleNamespace(nbytes=8)}, f"checksum-{self._version - self._rank}"
 
     def checkpoint(self, position: dict[str, Any]) -> None:
+        if self._rank:
+            return
         partial = self._file.with_suffix(".partial")
         partial.write_text(json.dumps({"version": self._version, "position": position}))
         partial.replace(self._file)
 
     def export(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
 
 
 class LightSampler:
@@ -160,6 +170,11 @@ def read_weights(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def join(rank: int, *place: Any) -> SimpleNamespace:
+    note("met", rank=rank)
+    return SimpleNamespace(rank=rank)
+
+
 def install(name: str, **content: Any) -> None:
     module = ModuleType(name)
     vars(module).update(content)
@@ -169,6 +184,10 @@ def install(name: str, **content: Any) -> None:
 if "vcpo.runtime.worker" in sys.orig_argv:
     install("torch", set_num_threads=lambda count: None)
     install("vcpo.pipeline.services", LearnerService=LightLearner, RolloutService=LightSampler)
+    install("vcpo.learner", __path__=[])
+    install(
+        "vcpo.learner.ranks", join=lambda rank, *place: note("met", rank=rank) or SimpleNamespace(rank=rank)
+    )
     install("vcpo.pipeline.engines", Share=lambda index, count, logs: None)
     install(
         "vcpo.weights",
