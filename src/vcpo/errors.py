@@ -56,6 +56,10 @@ class WorkerError(VcpoError):
     """A process that died, or did not answer in time; names the process and what was waited for."""
 
 
+class SamplerLost(WorkerError):
+    """A sampler that is gone and that the run can do without: others do what it had to do."""
+
+
 class PublicationError(WorkerError):
     """A sampler that did not take the weights it was given; names the sampler and both checksums."""
 

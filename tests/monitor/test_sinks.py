@@ -23,7 +23,7 @@ score_norm_error masked_tokens skipped_groups skipped_tokens
 teacher_error teacher_prediction value_loss value_explained
 tokens action_tokens response_length lag_mean lag_max token_lag_mean failed_episodes truncated_episodes
 tokens_per_second seconds_training seconds_waiting seconds_publishing seconds_sampling elapsed
-lag_histogram"""
+lag_histogram samplers"""
 
 
 def write_steps(folder: Path, first: int, last: int, reward: float = 0.5, resume: int | None = None) -> None:

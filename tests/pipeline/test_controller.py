@@ -17,7 +17,9 @@ from vcpo.config import Config, load_config
 from vcpo.errors import CheckpointError, NonFiniteError, PublicationError, WorkerError
 from vcpo.monitor.progress import SilentProgress
 from vcpo.monitor.sinks import MetricsWriter, read_metrics
-from vcpo.pipeline.controller import Arrivals, Begun, Controller, Outcome, Publication, StepResult
+from vcpo.pipeline.controller import Controller
+from vcpo.pipeline.fleet import Fleet
+from vcpo.pipeline.ports import Arrivals, Begun, Outcome, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.session import Parts, make_controller
@@ -165,7 +167,7 @@ class Rig:
         learner = FakeLearner(turns=seed % 5, version=version)
         parts = Parts(
             learner=learner,
-            samplers=fakes,
+            fleet=Fleet(fakes),
             arrivals=arrivals,
             begun=Begun(version, "", position or {}, 0, bool(config.pipeline.dynamic_sampling)),
             initial=publication_of(version),

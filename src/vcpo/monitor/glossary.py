@@ -30,7 +30,9 @@ class Metric:
 
 
 HISTOGRAM = "lag_histogram"
-"""The one field that is not a number: it goes to metrics.jsonl only."""
+"""{lag: groups}: it goes to metrics.jsonl only."""
+SAMPLERS = "samplers"
+"""{name: {figure: value}}; of the async mode."""
 
 _METRICS = (
     # name, group, unit, meaning, suspect
@@ -326,6 +328,14 @@ _METRICS = (
         "Below the groups' lag when weights change during generation.",
     ),
     Metric(HISTOGRAM, "lag", "groups", "Number of groups at each policy lag.", "Narrow, around the target."),
+    Metric(
+        SAMPLERS,
+        "time",
+        "",
+        "Of each sampler: policy version and checksum that it serves, how many versions that is behind the "
+        "learner, tokens a second of finished groups, groups and (expected) tokens that it has not finished.",
+        "Alike; one with a lag or few tokens a second is slow, one that is missing has left.",
+    ),
     Metric(
         "tokens_per_second",
         "time",

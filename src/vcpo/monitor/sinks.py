@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from vcpo.errors import CheckpointError, VcpoError
-from vcpo.monitor.glossary import GLOSSARY, HISTOGRAM, require_known
+from vcpo.monitor.glossary import GLOSSARY, HISTOGRAM, SAMPLERS, require_known
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -106,9 +106,15 @@ def _keep_rows(folder: Path, last_step: int | None) -> None:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """``value`` as JSON can hold it: an int, a finite float, or None; the histogram as {lag: groups}."""
+    """``value`` as JSON can hold it: an int, a finite float, or None; the histogram as {lag: groups},
+    samplers as {name: {figure: value}}."""
     if key == HISTOGRAM:
         return {str(int(lag)): int(groups) for lag, groups in value.items()}
+    if key == SAMPLERS:
+        return {
+            name: {k: v if isinstance(v, str) else _plain(k, v) for k, v in figures.items()}
+            for name, figures in value.items()
+        }
     if value is None or isinstance(value, numbers.Integral):
         return value if value is None else int(value)
     try:
@@ -142,7 +148,13 @@ class _TensorBoard:
         values = [
             self._value(key, value)
             for key, value in row.items()
-            if value is not None and key not in ("step", HISTOGRAM)
+            if value is not None and key not in ("step", HISTOGRAM, SAMPLERS)
+        ]
+        values += [
+            self._summaries.Summary.Value(tag=f"samplers/{name}/{key}", simple_value=value)
+            for name, figures in row.get(SAMPLERS, {}).items()
+            for key, value in figures.items()
+            if not isinstance(value, str | None)
         ]
         self._add(step=row["step"], summary=self._summaries.Summary(value=values))
 

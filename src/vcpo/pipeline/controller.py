@@ -42,105 +42,20 @@ import asyncio
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vcpo.config import Config
-from vcpo.errors import CheckpointError, PublicationError, WorkerError
+from vcpo.errors import CheckpointError, WorkerError
 from vcpo.monitor.progress import Progress
 from vcpo.monitor.sinks import MetricsWriter
 from vcpo.pipeline.dynamic_sampling import Sieve
 from vcpo.pipeline.evaluation import accuracy
+from vcpo.pipeline.fleet import Fleet
 from vcpo.pipeline.journal import Journal
+from vcpo.pipeline.ports import Arrivals, LearnerPort, Outcome, Publication
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.window import Window
 from vcpo.trajectory import Group
-
-
-@dataclass(frozen=True)
-class Publication:
-    """Weights on their way to the samplers."""
-
-    version: int
-    checksum: str
-    """Of the learner's tensors; a sampler that serves them answers the same."""
-    source: Any
-    """Where the weights are, in the runtime's terms."""
-    probe: Any = None
-    """What engines that are not ours must say of these weights, in the runtime's terms."""
-
-
-@dataclass(frozen=True)
-class Begun:
-    """What a learner says when it is ready."""
-
-    version: int
-    policy: str
-    """Folder or hub id from which samplers load the model; weights are published on top."""
-    position: dict[str, Any]
-    """The pipeline's place at the checkpoint that was resumed; empty for a new run."""
-    parameters: int
-    dynamic_sampling: bool = False
-    """Whether groups without a signal are skipped: the method may say so, and the learner knows it."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    metrics: dict[str, Any]
-    publication: Publication
-
-
-Outcome = tuple[int, float]
-"""(a problem, the mean reward of its group)."""
-
-
-class LearnerPort(Protocol):
-    """The learner, wherever it lives."""
-
-    async def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> StepResult:
-        """Train on groups. ``skipped``: what became of those skipped since the step before, where problems
-        are selected."""
-        ...
-
-    def send(self, publication: Publication) -> Awaitable[object]:
-        """Do the learner's part of a publication, if samplers wait for one."""
-        ...
-
-    async def choose(self, numbers: Sequence[int]) -> list[int]:
-        """Which problem of the training stream each group plays; asked only where problems are selected."""
-        ...
-
-    async def checkpoint(self, position: dict[str, Any]) -> None: ...
-
-    async def export(self, folder: Path) -> None:
-        """Write the model in Hugging Face format."""
-        ...
-
-
-class SamplerPort(Protocol):
-    """One sampler with its environments, wherever it lives."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def busy_seconds(self) -> float:
-        """Time its engine has spent computing."""
-        ...
-
-    def publish(self, publication: Publication) -> Awaitable[str]:
-        """Send weights now; the answer is the checksum of what the sampler serves."""
-        ...
-
-    async def order(self, orders: Sequence[GroupOrder]) -> None:
-        """Ask for groups; each arrives in the queue the port was made with."""
-        ...
-
-    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]: ...
-
-
-Arrivals = asyncio.Queue[tuple[str, int, bytes]]
-"""(name of the sampler, number of the group, its record)."""
 
 
 @dataclass
@@ -149,7 +64,7 @@ class Controller:
 
     config: Config
     learner: LearnerPort
-    samplers: Sequence[SamplerPort]
+    fleet: Fleet
     arrivals: Arrivals
     journal: Journal
     writer: MetricsWriter
@@ -162,7 +77,6 @@ class Controller:
     """Of skipped groups that the learner has not heard of; kept where problems are selected."""
 
     def __post_init__(self) -> None:
-        self._outstanding: dict[str, set[int]] = {s.name: set() for s in self.samplers}
         self._arrived = asyncio.Event()
         self._stopped = asyncio.Event()
         self._broken: BaseException | None = None
@@ -203,9 +117,13 @@ class Controller:
         """Journal ``batch`` and whatever else has arrived."""
         while not self.arrivals.empty():
             batch.append(self.arrivals.get_nowait())
-        self.journal.append((number, record) for _, number, record in batch)
-        for name, number, record in batch:
-            self._outstanding[name].discard(number)
+        new = [
+            (number, record)
+            for _, number, record in batch
+            if self.fleet.finished(number, Group.outline_of(record)[2])
+        ]
+        self.journal.append(new)
+        for number, record in new:
             self._finish(number, record)
         self._arrived.set()
 
@@ -275,18 +193,11 @@ class Controller:
 
     async def evaluate(self, problems: int, *, greedy: bool) -> list[float]:
         """Rewards on the first held-out problems, shared out among the samplers."""
-        begun, busy = time.perf_counter(), self._sampler_seconds()
-        share = -(-problems // len(self.samplers))
-        parts = await asyncio.gather(
-            *(
-                sampler.evaluate(i * share, min(share, problems - i * share), greedy=greedy)
-                for i, sampler in enumerate(self.samplers)
-                if i * share < problems
-            )
-        )
+        begun, busy = time.perf_counter(), self.fleet.busy_seconds
+        rewards = await self.fleet.evaluate(problems, greedy=greedy)
         self.seconds_evaluating += time.perf_counter() - begun
-        self._busy += self._sampler_seconds() - busy  # not a step's sampling
-        return [reward for part in parts for reward in part]
+        self._busy += self.fleet.busy_seconds - busy  # not a step's sampling
+        return rewards
 
     # One turn of the run loop
 
@@ -338,9 +249,9 @@ class Controller:
     async def _publish(self, publication: Publication) -> None:
         """Send weights to every sampler, once all of them serve the weights sent before."""
         await self._publication_served()
-        served = [(sampler.name, sampler.publish(publication)) for sampler in self.samplers]
+        served = self.fleet.publish(publication)
         sent = self.learner.send(publication)
-        self._published = asyncio.ensure_future(self._verify(publication, sent, served))
+        self._published = asyncio.ensure_future(_both(sent, served))
         self._published.add_done_callback(self._on_verified)
 
     def _on_verified(self, verification: asyncio.Future[None]) -> None:
@@ -352,20 +263,6 @@ class Controller:
         if self._published is not None:
             await self._published
             self._published = None
-
-    async def _verify(
-        self,
-        publication: Publication,
-        sent: Awaitable[object],
-        served: Sequence[tuple[str, Awaitable[str]]],
-    ) -> None:
-        _, *answers = await asyncio.gather(sent, *(answer for _, answer in served))
-        for (name, _), answer in zip(served, answers, strict=True):
-            if answer != publication.checksum:
-                raise PublicationError(
-                    f"{name} serves other weights than version {publication.version}: "
-                    f"its checksum is {answer}, the learner's {publication.checksum}"
-                )
 
     async def _evaluate_if_due(self, row: dict[str, Any]) -> None:
         """Evaluate the version just made if it is due, before anything new is admitted under it."""
@@ -393,18 +290,19 @@ class Controller:
 
     async def _order(self) -> None:
         remaining = self.config.pipeline.steps - self.version
-        orders: dict[str, list[GroupOrder]] = {s.name: [] for s in self.samplers}
         missing: list[int] = []
         for number in self.window.admit(remaining * self.config.pipeline.prompts):
             if self.journal.has(number):
                 self._finish(number, self._record_of(number))
             else:
                 missing.append(number)
-        for number, problem in zip(missing, await self._problems(missing), strict=True):
-            name = min(self._outstanding, key=lambda n: len(self._outstanding[n]))
-            self._outstanding[name].add(number)
-            orders[name].append(GroupOrder(number, self.version, problem))
-        await asyncio.gather(*(s.order(orders[s.name]) for s in self.samplers if orders[s.name]))
+        problems = await self._problems(missing)
+        await self.fleet.order(
+            [
+                GroupOrder(number, self.version, problem)
+                for number, problem in zip(missing, problems, strict=True)
+            ]
+        )
 
     async def _problems(self, numbers: Sequence[int]) -> Sequence[int | None]:
         """What groups play; None: the problem of their number."""
@@ -413,29 +311,29 @@ class Controller:
     def _record(self, row: dict[str, Any]) -> None:
         elapsed = time.perf_counter() - self._begun
         spent = row["seconds_training"] + row["seconds_waiting"] + row["seconds_publishing"]
-        busy, self._busy = self._busy, self._sampler_seconds()
+        busy, self._busy = self._busy, self.fleet.busy_seconds
         row |= {
             "elapsed": elapsed,
             "tokens_per_second": row["tokens"] / max(spent, 1e-9),
             "seconds_sampling": self._busy - busy,
         }
+        if self.config.pipeline.mode == "async":
+            row |= {"samplers": self.fleet.describe(self.version)}
         if self.sieve is not None:
             row |= {"skipped_groups": self._skipped_groups, "skipped_tokens": self._skipped_tokens}
             self._skipped_groups = self._skipped_tokens = 0
         self.writer.write(row)
         self.progress.advance(row | self._last_accuracy)
 
-    def _sampler_seconds(self) -> float:
-        return sum(s.busy_seconds for s in self.samplers)
-
     def _due(self, every: int) -> bool:
         return bool(every) and self.version % every == 0
 
     def _silence(self) -> str:
-        busy = ", ".join(
-            f"{name} ({len(numbers)} groups)" for name, numbers in self._outstanding.items() if numbers
-        )
         return (
             f"no group finished within {self.config.runtime.timeout_seconds:g} s (runtime.timeout_seconds); "
-            f"waiting for {busy or 'nobody: the window is empty'}"
+            f"waiting for {self.fleet.busy() or 'nobody: the window is empty'}"
         )
+
+
+async def _both(sent: Awaitable[object], served: Awaitable[None]) -> None:
+    await asyncio.gather(sent, served)

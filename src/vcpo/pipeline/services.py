@@ -24,9 +24,9 @@ from vcpo.pipeline.build import (
     build_policy,
     build_rollout_loop,
 )
-from vcpo.pipeline.controller import Begun, Outcome
 from vcpo.pipeline.dynamic_sampling import dynamic_sampling
 from vcpo.pipeline.engines import ENGINES, Share
+from vcpo.pipeline.ports import Begun, Outcome
 from vcpo.pipeline.rollout import GroupOrder, RolloutLoop
 from vcpo.pipeline.selection import Selector
 from vcpo.policy.loading import Policy, load_policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,12 @@ from vcpo.config import Config
 from vcpo.monitor.progress import Progress
 from vcpo.monitor.sinks import METRICS_FILE, MetricsWriter, read_metrics
 from vcpo.monitor.statistics import run_totals, time_spent, total
-from vcpo.pipeline.controller import Arrivals, Begun, Controller, LearnerPort, Publication, SamplerPort
+from vcpo.pipeline.controller import Controller
 from vcpo.pipeline.dynamic_sampling import Sieve
 from vcpo.pipeline.evaluation import success_figures
+from vcpo.pipeline.fleet import Fleet
 from vcpo.pipeline.journal import Journal
+from vcpo.pipeline.ports import Arrivals, Begun, LearnerPort, Publication
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.window import Window, lag_bound
 
@@ -25,7 +27,7 @@ class Parts:
     """What a runtime has made ready."""
 
     learner: LearnerPort
-    samplers: Sequence[SamplerPort]
+    fleet: Fleet
     arrivals: Arrivals
     begun: Begun
     initial: Publication
@@ -61,7 +63,7 @@ def make_controller(
     return Controller(
         config=config,
         learner=parts.learner,
-        samplers=parts.samplers,
+        fleet=parts.fleet,
         arrivals=parts.arrivals,
         journal=journal,
         writer=writer,

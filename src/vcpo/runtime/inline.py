@@ -25,8 +25,10 @@ import torch
 
 from vcpo.config import Config
 from vcpo.monitor.progress import Progress
-from vcpo.pipeline.controller import Arrivals, Controller, Outcome, Publication, StepResult
+from vcpo.pipeline.controller import Controller
 from vcpo.pipeline.engines import Share
+from vcpo.pipeline.fleet import Fleet
+from vcpo.pipeline.ports import Arrivals, Outcome, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.services import LearnerService, RolloutService
@@ -141,7 +143,7 @@ def train_inline(config: Config, run: RunFolder, progress: Progress, *, resume: 
         arrivals: Arrivals = asyncio.Queue()
         learner = InlineLearner(learner_service)
         sampler = InlineSampler(rollout_service, arrivals, config.pipeline.over_provision)
-        parts = Parts(learner, [sampler], arrivals, begun, learner.publication(), begun_at)
+        parts = Parts(learner, Fleet([sampler]), arrivals, begun, learner.publication(), begun_at)
 
         def on_controller(controller: Controller) -> None:
             sampler.on_error = controller.fail

@@ -34,7 +34,9 @@ from vcpo import errors
 from vcpo.config import Config
 from vcpo.errors import VcpoError, WorkerError
 from vcpo.monitor.progress import Progress
-from vcpo.pipeline.controller import Arrivals, Begun, Controller, Outcome, Publication, StepResult
+from vcpo.pipeline.controller import Controller
+from vcpo.pipeline.fleet import Fleet
+from vcpo.pipeline.ports import Arrivals, Begun, Outcome, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
@@ -298,7 +300,7 @@ class _Run:
         arrivals: Arrivals = asyncio.Queue()
         parts = Parts(
             learner=learner,
-            samplers=[LocalSampler(worker, arrivals) for worker in samplers],
+            fleet=Fleet(LocalSampler(worker, arrivals) for worker in samplers),
             arrivals=arrivals,
             begun=begun,
             initial=initial,

@@ -61,7 +61,7 @@ class LightLearner:
         pass
 
     def begin(self, *, resume: bool, listener: Callable[[float], None], ranks: Any = None) -> Any:
-        from vcpo.pipeline.controller import Begun
+        from vcpo.pipeline.ports import Begun
 
         self._rank = 0 if ranks is None else ranks.rank
         for _ in range(self._config.warm_start.steps):
