@@ -73,14 +73,16 @@ class Member:
         """Tokens a second; None as long as it has finished nothing."""
         return self.tokens / self.seconds if self.tokens and self.seconds else None
 
-    def seconds_for(self, groups: int, tokens: float, usual: float | None, now: float) -> float:
-        """How long it would take for so many groups of so many tokens; ``usual``: the rate of one whose own
-        is not known. Without any rate, the number of groups."""
-        rate = self.rate if self.seconds >= SETTLED else usual
-        if rate is None:
+    def seconds_for(self, groups: int, tokens: float, best: float | None, now: float) -> float:
+        """How long it would take for so many groups of so many tokens. ``best``: the best rate of any, which
+        is assumed where none is known, and more and more of one that idles. Without, the number of groups."""
+        if best is None:
             return float(groups)
-        pace = tokens / rate
-        return groups * (max(pace, now - self.mark) if self.orders else pace)
+        silent, pace = now - self.mark, tokens / best
+        if self.rate and self.seconds >= SETTLED:
+            belief = 1.0 if self.orders else 0.5 ** (silent / HALF_LIFE)
+            pace += belief * (tokens / self.rate - pace)
+        return groups * (max(pace, silent) if self.orders else pace)
 
 
 class Fleet:
@@ -170,8 +172,8 @@ class Fleet:
             return serving[0] if serving else None
         now, tokens = self._clock(), self._tokens / self._groups if self._groups else 1.0
         rates = [member.rate for member in serving if member.rate and member.seconds >= SETTLED]
-        usual = sum(rates) / len(rates) if rates else None
-        return min(serving, key=lambda m: m.seconds_for(len(m.orders) + 1, tokens, usual, now))
+        best = max(rates, default=None)
+        return min(serving, key=lambda m: m.seconds_for(len(m.orders) + 1, tokens, best, now))
 
     def finished(self, number: int, tokens: int) -> bool:
         """A group has arrived; false if it had arrived before, from another sampler, and is to be dropped."""
