@@ -270,7 +270,7 @@ def test_one_that_was_slow_once_is_tried_again() -> None:
             clock.now += 1.0
             assert fleet.finished(number, 10)
             await fleet.order(orders(number + 2, 1))
-        assert len(late.groups) > 50
+        assert len(late.groups) > 1
 
     go(work())
 

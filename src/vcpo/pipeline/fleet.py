@@ -53,20 +53,28 @@ class Member:
     tokens: float = 0.0
     """Of finished groups, older ones counting less; likewise the seconds in which it had something to do."""
     seconds: float = 0.0
+    worked: float = 0.0
+    """All of those seconds, undiminished."""
     mark: float = 0.0
     """When it last finished a group, or last got the first one after idling."""
 
     def begin(self, order: GroupOrder, now: float) -> None:
-        if not self.orders:
-            self.mark = now
+        if not self.orders:  # what it did before it idled is forgotten too
+            self._age(now)
         self.orders[order.index] = order
 
     def finish(self, number: int, tokens: int, now: float) -> None:
         del self.orders[number]
-        passed = now - self.mark
+        passed = self._age(now)
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + passed
+        self.worked += passed
+
+    def _age(self, now: float) -> float:
+        """Let what it did count less; the seconds since the mark, which is set to ``now``."""
+        passed, self.mark = now - self.mark, now
         decay = 0.5 ** (passed / HALF_LIFE)
-        self.tokens, self.seconds = decay * self.tokens + tokens, decay * self.seconds + passed
-        self.mark = now
+        self.tokens, self.seconds = decay * self.tokens, decay * self.seconds
+        return passed
 
     @property
     def rate(self) -> float | None:
@@ -79,7 +87,7 @@ class Member:
         if best is None:
             return float(groups)
         silent, pace = now - self.mark, tokens / best
-        if self.rate and self.seconds >= SETTLED:
+        if self.rate and self.worked >= SETTLED:
             belief = 1.0 if self.orders else 0.5 ** (silent / HALF_LIFE)
             pace += belief * (tokens / self.rate - pace)
         return groups * (max(pace, silent) if self.orders else pace)
@@ -171,7 +179,7 @@ class Fleet:
         if len(serving) < 2:
             return serving[0] if serving else None
         now, tokens = self._clock(), self._tokens / self._groups if self._groups else 1.0
-        rates = [member.rate for member in serving if member.rate and member.seconds >= SETTLED]
+        rates = [member.rate for member in serving if member.rate and member.worked >= SETTLED]
         best = max(rates, default=None)
         return min(serving, key=lambda m: m.seconds_for(len(m.orders) + 1, tokens, best, now))
 
