@@ -51,7 +51,7 @@ def test_keep_swaps_between_two_tokens_and_leaves_no_stale_keys(served: str, mod
     async def run() -> list[Completion]:
         async with sampling(config_of(model, urls=[served])) as sampler:
             await serve(sampler, 1)
-            calls = begin(sampler, 400)
+            calls = begin(sampler, 1600)
             for version in (2, 3):
                 await under_way(served, 20)
                 await serve(sampler, version)
@@ -59,7 +59,7 @@ def test_keep_swaps_between_two_tokens_and_leaves_no_stale_keys(served: str, mod
 
     models = {v: tiny.llama(v) for v in (1, 2, 3)}
     for prompt, done in zip(PROMPTS, asyncio.run(run()), strict=True):
-        assert len(done.tokens) == 400
+        assert len(done.tokens) == 1600
         assert done.versions == sorted(done.versions)
         assert set(done.versions) == {1, 2, 3}
         assert_stamped_right(models, prompt, done, tolerance=3e-5)

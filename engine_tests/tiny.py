@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = len(LETTERS) + 3
 END = 1
-CONTEXT = 512
+CONTEXT = 2048
 
 
 def llama(seed: int, **changes: Any) -> PreTrainedModel:
