@@ -73,18 +73,22 @@ def join(rank: int, size: int, meeting: str, device: str, timeout: float) -> Ran
     """Meet the other ranks at ``meeting`` (``file://PATH`` or ``tcp://HOST:PORT``).
 
     Every wait for another rank, here and in collectives later, ends after ``timeout`` seconds with an error.
-    Rank r of a learner on ``cuda`` or ``cuda:K`` takes the r-th device, counted from K. Raises ConfigError if
-    this machine has not so many.
+    ``device`` is this rank's own.
     """
-    own = device_of(rank, device)
-    backend = "cpu:gloo,cuda:nccl" if own.startswith("cuda") else "gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(
         backend, init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
     )
-    return Ranks(rank, size, own)
+    return Ranks(rank, size, device)
 
 
 def device_of(rank: int, device: str) -> str:
+    """Rank r of a learner on ``cuda`` or ``cuda:K`` takes the r-th device of its machine, counted from K.
+
+    Raises ConfigError if the machine has not so many.
+    """
     kind, _, first = device.partition(":")
     if kind != "cuda":
         return device
@@ -94,7 +98,6 @@ def device_of(rank: int, device: str) -> str:
             f"rank {rank} of the learner needs device cuda:{place}, and this machine has {count} CUDA "
             "devices: lower runtime.learner_ranks"
         )
-    torch.cuda.set_device(place)
     return f"cuda:{place}"
 
 

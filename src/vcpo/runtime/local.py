@@ -30,9 +30,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from vcpo import errors
 from vcpo.config import Config
-from vcpo.errors import VcpoError, WorkerError
+from vcpo.errors import WorkerError
 from vcpo.monitor.progress import Progress
 from vcpo.pipeline.controller import Controller
 from vcpo.pipeline.fleet import Fleet
@@ -42,6 +41,7 @@ from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
 from vcpo.runtime.channel import Channel, ChannelClosed, Frame, join_records
 from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
+from vcpo.runtime.replies import error_of
 
 EXIT_SECONDS = 1.0
 
@@ -107,7 +107,7 @@ class WorkerProcess:
             self._replies.pop(number, None)
         header, body = reply.result()
         if "error" in header:
-            raise self._error(header)
+            raise error_of(header, self.name, self._log)
         return header, body
 
     async def watch(self) -> None:
@@ -124,16 +124,9 @@ class WorkerProcess:
                 if (reply := self._replies.get(header["id"])) is not None and not reply.done():
                     reply.set_result((header, body))
             elif header["event"] == "failed":
-                raise self._error(header)
+                raise error_of(header, self.name, self._log)
             else:
                 self.on_event(header, body)
-
-    def _error(self, header: dict[str, Any]) -> VcpoError:
-        kind = getattr(errors, header["error"], WorkerError)
-        error = VcpoError.__new__(kind)  # the message is complete: not every class is made from one string
-        unforeseen = f"{self.name}: {header['message']}; see {self._log}"
-        Exception.__init__(error, unforeseen if kind is WorkerError else header["message"])
-        return error
 
     async def end(self) -> None:
         """Close the channel, which ends the worker; kill it if it does not notice, and whatever processes
@@ -158,16 +151,17 @@ class LocalLearner:
         answers = await asyncio.gather(*(worker.request(do, body, **header) for worker in self._workers))
         return answers[0][0]
 
-    async def begin(self, meeting: Path, **header: Any) -> dict[str, Any]:
+    async def begin(self, meeting: Path, *, resume: bool, **settings: Any) -> dict[str, Any]:
         """Several ranks meet in the file ``meeting``, once the first has made the model they all load."""
+        await self._request("configure", **settings)
         first, size = self._workers[0], len(self._workers)
         if size == 1:
-            return (await first.request("begin", ranks=None, **header))[0]
-        await first.request("prepare", **header)
-        places = [{"rank": rank, "size": size, "meeting": f"file://{meeting}"} for rank in range(size)]
+            return (await first.request("begin", resume=resume, ranks=None))[0]
+        await first.request("prepare", resume=resume)
+        common = {"size": size, "meeting": f"file://{meeting}", "interface": "lo", "device": ""}
         requests = (
-            worker.request("begin", ranks=place, **header)
-            for worker, place in zip(self._workers, places, strict=True)
+            worker.request("begin", resume=resume, ranks={"rank": rank, **common})
+            for rank, worker in enumerate(self._workers)
         )
         return (await asyncio.gather(*requests))[0][0]
 
@@ -286,7 +280,11 @@ class _Run:
         ranks[0].on_event = lambda header, body: warming(header["loss"])
         learner, self._meeting = LocalLearner(ranks), Path(tempfile.mkdtemp(prefix="vcpo-"))
         header = await learner.begin(
-            self._meeting / "ranks", config=description, run_folder=str(self._run.path), resume=self._resume
+            self._meeting / "ranks",
+            resume=self._resume,
+            config=description,
+            run_folder=str(self._run.path),
+            transfer=config.sampler.transfer,
         )
         begun, initial = Begun(**header["begun"]), Publication(**header["publication"])
         if isinstance(initial.source, str):

@@ -11,72 +11,31 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vcpo.config import Config
-from vcpo.errors import VcpoError
 from vcpo.runtime.channel import BlockingChannel, Channel, ChannelClosed, split_records
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from vcpo.learner.ranks import Ranks
-    from vcpo.samplers.vllm.inside.vcpo_rendezvous import WeightGroup
-
-Reply = dict[str, Any]
+from vcpo.runtime.learner_worker import LearnerWorker, configured
+from vcpo.runtime.outbox import BroadcastOutbox, FileOutbox
+from vcpo.runtime.replies import Reply, error_reply
 
 PARENT_GONE_SECONDS = 3.0
 """Time to end in order when the parent has died."""
 
 
-def error_reply(error: BaseException) -> Reply:
-    """An error as a header: its class if it is in the vocabulary, and its message."""
-    traceback.print_exception(error)
-    if isinstance(error, VcpoError):
-        return {"error": type(error).__name__, "message": str(error)}
-    return {"error": "WorkerError", "message": f"{type(error).__name__}: {error}"}
-
-
-def configure(header: dict[str, Any]) -> Config:
-    """The config of the run, from the first frame; limits this process's threads."""
-    import torch
-
-    config = Config.model_validate(header["config"])
-    torch.set_num_threads(config.runtime.threads)
-    return config
-
-
-def meet_ranks(place: dict[str, Any], config: Config) -> Ranks:
-    """Join the other ranks of the learner, all of them on this machine."""
-    from vcpo.learner.ranks import join
-
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else is to be let in
-    timeout = config.runtime.timeout_seconds
-    return join(place["rank"], place["size"], place["meeting"], config.model.device, timeout)
-
-
 class LearnerProcess:
     """Answers for the learner, or one of its ranks, one request at a time."""
 
-    _config: Config
+    _worker: LearnerWorker
 
     def __init__(self, channel: BlockingChannel) -> None:
         self._channel = channel
-        self._service: Any
-        self._first = True
-        """Whether this is the first rank, which speaks for all."""
-        self._group: WeightGroup | None = None
-        self._transfer: Path | None = None
 
     def serve(self) -> None:
         try:
@@ -85,113 +44,31 @@ class LearnerProcess:
         except ChannelClosed:
             return
         finally:
-            if self._transfer is not None:
-                shutil.rmtree(self._transfer, ignore_errors=True)
+            if hasattr(self, "_worker"):
+                self._worker.close()
 
     def _answer(self, header: dict[str, Any], body: bytes) -> None:
+        number, do = header.pop("id"), header.pop("do")
         try:
-            reply = getattr(self, f"do_{header['do']}")(header, body)
+            reply = self._do(do, header, body)
         except ChannelClosed:
             raise
         except Exception as error:
             reply = error_reply(error)
-        self._channel.send({"id": header["id"], **reply})
+        self._channel.send({"id": number, **reply})
 
-    def do_prepare(self, header: dict[str, Any], body: bytes) -> Reply:
-        self._make(header)
-        self._service.prepare(resume=header["resume"], listener=self._on_warm_start)
-        return {}
+    def _do(self, do: str, header: dict[str, Any], body: bytes) -> Reply:
+        if do == "configure":
+            outbox = FileOutbox if header["transfer"] == "files" else BroadcastOutbox
+            config = configured(header["config"])
+            self._worker = LearnerWorker(config, Path(header["run_folder"]), outbox(config), self._on_loss)
+            return {}
+        if do == "step":
+            header["records"] = split_records(header.pop("lengths"), body)
+        return getattr(self._worker, do)(**header)
 
-    def do_begin(self, header: dict[str, Any], body: bytes) -> Reply:
-        if "ranks" not in header or header["ranks"] is None or header["ranks"]["rank"]:
-            self._make(header)  # the first of several ranks has, to prepare
-        together = {}
-        if place := header.get("ranks"):
-            self._first = place["rank"] == 0
-            together = {"ranks": meet_ranks(place, self._config)}
-        begun = self._service.begin(resume=header["resume"], listener=self._on_warm_start, **together)
-        return {"begun": vars(begun), "publication": self._publication()}
-
-    def _make(self, header: dict[str, Any]) -> None:
-        from vcpo.pipeline.services import LearnerService
-
-        self._config = configure(header)
-        self._service = LearnerService(self._config, Path(header["run_folder"]))
-
-    def do_step(self, header: dict[str, Any], body: bytes) -> Reply:
-        skipped = [(problem, reward) for problem, reward in header["skipped"]]
-        metrics = self._service.step(split_records(header["lengths"], body), skipped)
-        return {"metrics": metrics, "publication": self._publication()}
-
-    def do_choose(self, header: dict[str, Any], body: bytes) -> Reply:
-        return {"problems": self._service.choose(header["numbers"])}
-
-    def do_checkpoint(self, header: dict[str, Any], body: bytes) -> Reply:
-        self._service.checkpoint(header["position"])
-        return {}
-
-    def do_export(self, header: dict[str, Any], body: bytes) -> Reply:
-        self._service.export(Path(header["folder"]))
-        return {}
-
-    def _on_warm_start(self, loss: float) -> None:
+    def _on_loss(self, loss: float) -> None:
         self._channel.send({"event": "warm start", "loss": loss})
-
-    def _publication(self) -> Reply:
-        """Put the current weights where the samplers can map them; the first of several ranks does so.
-
-        When version v is written, every sampler serves v - 2 already: the controller waits for v - 1 to be
-        served before it sends v. So older files can go.
-        """
-        version, weights, checksum = self._service.weights()
-        probe = self._service.probe()
-        source: Any = None
-        if self._first:
-            source = self._announced(weights) if self._broadcasts else str(self._file(version, weights))
-        return {
-            "version": version,
-            "checksum": checksum,
-            "source": source,
-            "probe": None if probe is None else vars(probe),
-        }
-
-    @property
-    def _broadcasts(self) -> bool:
-        return self._config.sampler.transfer == "collective"
-
-    def _announced(self, weights: Mapping[str, Tensor]) -> list[tuple[str, str, list[int]]]:
-        """What will be broadcast: name, number type, shape."""
-        return [
-            (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-            for name, tensor in sorted(weights.items())
-        ]
-
-    def do_meet(self, header: dict[str, Any], body: bytes) -> Reply:
-        """Wait for all engines to join."""
-        from vcpo.samplers.vllm.inside.vcpo_rendezvous import WeightGroup
-
-        device, timeout = self._config.model.device, self._config.runtime.timeout_seconds
-        kind = device.partition(":")[0]
-        self._group = WeightGroup(header["address"], header["port"], 0, header["world_size"], kind, timeout)
-        return {}
-
-    def do_broadcast(self, header: dict[str, Any], body: bytes) -> Reply:
-        for _, tensor in self._service.tensors():
-            if self._group is not None:
-                self._group.broadcast(tensor.contiguous())
-        return {}
-
-    def _file(self, version: int, weights: Mapping[str, Tensor]) -> Path:
-        from vcpo.samplers.shared_memory import transfer_folder
-        from vcpo.weights import write_weights
-
-        if self._transfer is None:
-            size = 3 * sum(t.nbytes for t in weights.values())
-            self._transfer = transfer_folder(size, self._config.runtime.weights_folder)
-        path = self._transfer / f"version-{version}.safetensors"
-        write_weights(path, weights)
-        (self._transfer / f"version-{version - 2}.safetensors").unlink(missing_ok=True)
-        return path
 
 
 class SamplerProcess:
@@ -242,7 +119,7 @@ class SamplerProcess:
         from vcpo.pipeline.services import RolloutService
 
         share = Share(*header["share"], logs=Path(header["logs"]))
-        self._service = RolloutService(configure(header), share)
+        self._service = RolloutService(configured(header["config"]), share)
         self._service.begin(header["policy"])
         await self._service.ready()
         return {}

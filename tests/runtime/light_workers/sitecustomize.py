@@ -185,9 +185,7 @@ if "vcpo.runtime.worker" in sys.orig_argv:
     install("torch", set_num_threads=lambda count: None)
     install("vcpo.pipeline.services", LearnerService=LightLearner, RolloutService=LightSampler)
     install("vcpo.learner", __path__=[])
-    install(
-        "vcpo.learner.ranks", join=lambda rank, *place: note("met", rank=rank) or SimpleNamespace(rank=rank)
-    )
+    install("vcpo.learner.ranks", join=join, device_of=lambda rank, device: device)
     install("vcpo.pipeline.engines", Share=lambda index, count, logs: None)
     install(
         "vcpo.weights",
