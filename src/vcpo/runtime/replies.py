@@ -12,7 +12,7 @@ Reply = dict[str, Any]
 
 
 def error_reply(error: BaseException) -> Reply:
-    """An error as a reply: its class, if the vocabulary has it, and its message. The log has its traceback."""
+    """An error as a reply: its class, if it is in the vocabulary, and its message; the log has more."""
     traceback.print_exception(error)
     if isinstance(error, VcpoError):
         return {"error": type(error).__name__, "message": str(error)}
