@@ -273,6 +273,21 @@ def report(
 
 
 @app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="Folder of a job that runs with runtime.kind = 'ray'.")],
+    samplers: Annotated[int, typer.Option(help="How many samplers it is to have from now on.")],
+) -> None:
+    """Change the number of samplers of a running job on a Ray cluster.
+
+    New ones join as soon as the cluster has room for them; those that go finish their groups first.
+    """
+    from vcpo.runtime.ray.scale import scale as ask
+
+    ask(_run_folder(run), samplers)
+    typer.echo(f"asked for {samplers} samplers: the job follows within seconds, and says so where it runs")
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One algorithm, in full.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every algorithm, in full.")] = False,

@@ -60,6 +60,10 @@ class SamplerLost(WorkerError):
     """A sampler that is gone and that the run can do without: others do what it had to do."""
 
 
+class LearnerLost(WorkerError):
+    """A learner, or one of its ranks, that is gone: the run goes on from its last checkpoint, if it may."""
+
+
 class PublicationError(WorkerError):
     """A sampler that did not take the weights it was given; names the sampler and both checksums."""
 

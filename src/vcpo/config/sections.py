@@ -309,10 +309,26 @@ class EvaluationConfig(Section):
 
 
 class RuntimeConfig(Section):
+    kind: Literal["local", "ray"] = "local"
+    """Where processes run: on this machine, or as actors of a Ray cluster (async mode)."""
+    address: str = ""
+    """ray: HOST:PORT of a cluster, or auto for the one of this machine; empty: a Ray of the run's own."""
     samplers: PositiveInt = 1
-    """Sampler processes (async mode)."""
+    """Sampler processes (async mode); with ray the number may change while the run goes on: vcpo scale."""
     learner_ranks: PositiveInt = 1
     """Processes that share the learner, its weights and its work (FSDP2; async mode); on cuda one a GPU."""
+    sampler_cpus: NonNegativeFloat = 1.0
+    """ray: CPUs that each sampler asks for, with its environments."""
+    sampler_gpus: NonNegativeFloat | None = None
+    """ray: GPUs that each sampler asks for; unset: 1 on cuda, 0 with sampler.urls."""
+    rank_cpus: NonNegativeFloat = 1.0
+    """ray: CPUs that each rank of the learner asks for."""
+    rank_gpus: NonNegativeFloat | None = None
+    """ray: GPUs that each rank of the learner asks for; unset: 1 on cuda."""
+    wait_seconds: PositiveFloat = 60.0
+    """ray: how long to wait for the cluster to have room for the learner and a first sampler."""
+    restarts: NonNegativeInt = 3
+    """ray: how often in a row the learner, or a sampler, begins anew without having got any further."""
     threads: PositiveInt = 1
     """Torch threads of each process; small models are fastest with 1."""
     timeout_seconds: PositiveFloat = 600.0

@@ -98,7 +98,8 @@ def check_engine(config: Config) -> None:
     check_quantization(sampler.quantization)
     for url in sampler.urls:
         _check_url(url, sampler.transfer)
-    servers = len(sampler.urls) or sampler.servers
+    own_servers = samplers if config.runtime.kind == "ray" else sampler.servers
+    servers = len(sampler.urls) or own_servers
     if config.pipeline.mode == "async" and samplers > servers:
         source = "sampler.urls names" if sampler.urls else "sampler.servers is"
         raise ConfigError(

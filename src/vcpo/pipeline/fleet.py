@@ -37,6 +37,8 @@ HALF_LIFE = 30.0
 """Seconds after which what a sampler did counts half in its pace."""
 SETTLED = 1.0
 """Seconds of work before which its pace is not believed."""
+RETIRE_SECONDS = 0.1
+"""Between two looks at whether a sampler that is to go has finished."""
 
 
 @dataclass
@@ -146,12 +148,23 @@ class Fleet:
         member = self._members.pop(name, None)
         if member is None:
             return
-        log.warning("%s has left: %s", name, why)
+        log.info("%s has left: %s", name, why)
         self.departures.append(f"{name}: {why}")
         self._gone_seconds += member.port.busy_seconds
         for number in member.orders:
             self._holders.pop(number, None)
         await self.order(list(member.orders.values()))
+
+    async def retire(self, name: str) -> None:
+        """Give a sampler nothing more; returns when it has finished what it has, and is gone."""
+        member = self._members.get(name)
+        if member is None:
+            return
+        member.serving = False
+        await self.order([])
+        while member.orders and self._members.get(name) is member:
+            await asyncio.sleep(RETIRE_SECONDS)
+        await self.leave(name, "it is not wanted any more")
 
     async def order(self, orders: Sequence[GroupOrder]) -> None:
         """Hand out groups, and those that wait for somebody."""

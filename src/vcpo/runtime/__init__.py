@@ -1,4 +1,4 @@
-"""Where things run: ``local`` (child processes of this machine) and ``inline`` (this process).
+"""Where things run: ``inline`` (this process), ``local`` (child processes of this machine) and ``ray``.
 
 Importing this package loads neither torch nor transformers.
 """
@@ -36,6 +36,8 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
     progress = progress or SilentProgress()
     if config.pipeline.mode == "exact":
         from vcpo.runtime.inline import train_inline as train_here
+    elif config.runtime.kind == "ray":
+        from vcpo.runtime.ray.run import train_ray as train_here
     else:
         from vcpo.runtime.local import train_local as train_here
     completed = False

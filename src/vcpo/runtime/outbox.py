@@ -57,7 +57,7 @@ class FileOutbox:
         return str(path)
 
     def meet(self, address: str, port: int, world_size: int) -> None:
-        raise NotImplementedError("files are read by whoever sees their folder")
+        pass
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         pass

@@ -1,0 +1,287 @@
+"""Samplers as actors: each joins the fleet when Ray has started it, leaves when it dies, and joins again when
+Ray has restarted it. Their number may change while a run goes on.
+
+=============== ============================== ================================ ========================
+who             waits for                      woken by                         gives up after
+=============== ============================== ================================ ========================
+slot            a place in the cluster         Ray                              never: the others work
+slot            the engine to be ready         the actor                        runtime.timeout_seconds,
+                                                                                then it is restarted
+slot            the end of its sampler         any call that finds it gone      never
+heartbeat       the actor's answer             the actor                        runtime.timeout_seconds,
+                                                                                then it is restarted
+retire          its groups                     the fleet                        runtime.timeout_seconds
+=============== ============================== ================================ ========================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+
+from vcpo import __version__
+from vcpo.config import Config
+from vcpo.errors import SamplerLost, WorkerError
+from vcpo.pipeline.fleet import Fleet
+from vcpo.pipeline.ports import Arrivals, Publication
+from vcpo.pipeline.rollout import GroupOrder
+from vcpo.pipeline.run_folder import RunFolder
+from vcpo.runtime.ray.actors import SamplerActor
+from vcpo.runtime.ray.cluster import reason_of, sampler_request
+from vcpo.runtime.replies import Reply, error_of
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 2.0
+CALLS_AT_ONCE = 1_000_000
+"""Groups that a sampler may hold; what the engine does at once is its own affair."""
+PAUSE_SECONDS = 0.5
+"""Before an actor that Ray is restarting is asked again."""
+
+
+class RaySampler:
+    """One life of a sampler's actor."""
+
+    def __init__(
+        self,
+        name: str,
+        actor: Any,
+        arrivals: Arrivals,
+        log_path: object,
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self._name, self._actor, self._arrivals, self._log = name, actor, arrivals, log_path
+        self._on_error = on_error
+        self._busy = 0.0
+        self._collecting: set[asyncio.Task[None]] = set()
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Set to the reason when the actor is found to be gone."""
+        self.groups = 0
+        """Finished in this life."""
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._busy
+
+    async def begin(self, *settings: Any) -> None:
+        await self._call("begin", *settings)
+
+    def publish(self, publication: Publication) -> Awaitable[str]:
+        sent = self._call("publish", publication.version, publication.source, publication.probe)
+        return asyncio.ensure_future(self._checksum(sent))
+
+    async def _checksum(self, sent: Awaitable[Reply]) -> str:
+        return (await sent)["checksum"]
+
+    async def order(self, orders: Sequence[GroupOrder]) -> None:
+        if self.lost.done():
+            raise SamplerLost(f"{self._name} {self.lost.result()}")
+        for order in orders:
+            played = self._call("play", order.index, order.version, order.problem)
+            collecting = asyncio.ensure_future(self._collect(order.index, played))
+            self._collecting.add(collecting)
+            collecting.add_done_callback(self._collecting.discard)
+
+    async def _collect(self, index: int, played: Awaitable[Reply]) -> None:
+        try:
+            reply = await played
+        except SamplerLost:
+            return  # the slot tells the fleet, which has others play it
+        except Exception as error:
+            self._on_error(error)
+            return
+        self.groups += 1
+        self._arrivals.put_nowait((self._name, index, reply["record"]))
+
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
+        return (await self._call("evaluate", first, count, greedy))["rewards"]
+
+    def _call(self, method: str, *arguments: Any) -> Awaitable[Reply]:
+        """Send now; the answer, or the error it tells of, when it is awaited."""
+        reference = getattr(self._actor, method).remote(*arguments)
+        return self._answer(reference)
+
+    async def _answer(self, reference: Any) -> Reply:
+        try:
+            reply = await reference
+        except RayError as error:
+            self.gone(error)
+            raise SamplerLost(f"{self._name} {self.lost.result()}") from None
+        if "error" in reply:
+            raise error_of(reply, self._name, self._log)
+        return reply
+
+    def gone(self, why: object) -> None:
+        if not self.lost.done():
+            self.lost.set_result(f"is gone ({reason_of(why)}); see {self._log}")
+
+    async def watch(self, timeout: float) -> None:
+        """Ask for signs of life until there are none."""
+        while not self.lost.done():
+            try:
+                self._busy = await asyncio.wait_for(self._actor.busy.remote(), timeout)
+            except TimeoutError:
+                self.gone(f"it did not answer for {timeout:g} s (runtime.timeout_seconds)")
+                ray.kill(self._actor, no_restart=False)
+            except RayError as error:
+                self.gone(error)
+            await asyncio.wait([self.lost], timeout=HEARTBEAT_SECONDS)
+
+    def drop(self) -> None:
+        """Wait for nothing any more."""
+        for collecting in self._collecting:
+            collecting.cancel()
+
+
+class Samplers:
+    """The samplers of a run, through all lives of its learner."""
+
+    def __init__(self, config: Config, run: RunFolder, note: Callable[[str], None]) -> None:
+        self._config, self._run, self._note = config, run, note
+        self._timeout = config.runtime.timeout_seconds
+        request = sampler_request(config)
+        self._actor_class: Any = ray.remote(SamplerActor).options(
+            num_cpus=request.cpus,
+            num_gpus=request.gpus,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=CALLS_AT_ONCE,
+        )
+        self._actors: dict[int, Any] = {}
+        self._slots: dict[int, asyncio.Task[None]] = {}
+        self._serve: Callable[[int], Awaitable[None]] | None = None
+        self.wanted = config.runtime.samplers
+
+    def serve(
+        self, fleet: Fleet, arrivals: Arrivals, policy: str, on_error: Callable[[Exception], None]
+    ) -> None:
+        """Join ``fleet`` with all samplers, as they are ready."""
+
+        async def slot(number: int) -> None:
+            try:
+                await self._slot(number, fleet, arrivals, policy, on_error)
+            except Exception as error:
+                on_error(error)
+
+        self._serve = slot
+        self._fleet = fleet
+        self._fill()
+
+    def _fill(self) -> None:
+        for number in range(self.wanted):
+            if number not in self._slots and self._serve is not None:
+                self._slots[number] = asyncio.ensure_future(self._serve(number))
+
+    async def scale(self, count: int) -> None:
+        """Have ``count`` samplers. Those that go finish their groups first."""
+        if count == self.wanted:
+            return
+        self._note(f"samplers: {count} in place of {self.wanted}")
+        self.wanted = count
+        self._fill()
+        going = [number for number in self._slots if number >= count]
+        await asyncio.gather(*(self._retire(number) for number in going))
+
+    async def _retire(self, number: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._fleet.retire(self._name(number)), self._timeout)
+        slot = self._slots.pop(number)
+        slot.cancel()
+        await asyncio.gather(slot, return_exceptions=True)
+        await self._fleet.leave(self._name(number), "it is not wanted any more, and was not done in time")
+        ray.kill(self._actors.pop(number))
+
+    async def pause(self) -> None:
+        """Let go of the fleet: its learner is gone."""
+        slots, self._slots, self._serve = self._slots, {}, None
+        for slot in slots.values():
+            slot.cancel()
+        await asyncio.gather(*slots.values(), return_exceptions=True)
+
+    async def close(self) -> None:
+        await self.pause()
+        for actor in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()
+
+    @staticmethod
+    def _name(number: int) -> str:
+        return f"sampler-{number}"
+
+    async def _slot(
+        self,
+        number: int,
+        fleet: Fleet,
+        arrivals: Arrivals,
+        policy: str,
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        """One life of the sampler after another."""
+        name = self._name(number)
+        log_path = self._run.logs / f"{name}.log"
+        if number not in self._actors:
+            self._actors[number] = self._actor_class.remote(name)
+        failures = 0
+        while True:
+            actor = self._actors[number]
+            sampler = RaySampler(name, actor, arrivals, log_path, on_error)
+            try:
+                if await self._begun(sampler, actor, number, policy):
+                    await self._live(sampler, fleet)
+            finally:
+                sampler.drop()
+            why = sampler.lost.result()
+            failures = 1 if sampler.groups else failures + 1
+            self._note(f"{name} {why}")
+            if failures > self._config.runtime.restarts:
+                raise WorkerError(
+                    f"{name} {why}, for the {failures}th time in a row without having finished a group "
+                    "(runtime.restarts)"
+                )
+
+    async def _begun(self, sampler: RaySampler, actor: Any, number: int, policy: str) -> bool:
+        """Whether the sampler is ready; false if it died on the way."""
+        while True:
+            try:
+                await actor.here.remote()
+                break
+            except ActorUnavailableError:  # Ray is restarting it
+                await asyncio.sleep(PAUSE_SECONDS)
+            except RayActorError as error:  # Ray has given it up
+                sampler.gone(error)
+                self._actors[number] = self._actor_class.remote(sampler.name)
+                return False
+        share = (number % max(len(self._config.sampler.urls), 1), self._config.runtime.samplers)
+        description = self._config.model_dump(mode="json")
+        beginning = asyncio.ensure_future(
+            sampler.begin(description, str(self._run.path), __version__, policy, share)
+        )
+        try:
+            await asyncio.wait_for(beginning, self._timeout)
+        except SamplerLost:
+            return False
+        except TimeoutError:
+            sampler.gone(f"it was not ready within {self._timeout:g} s (runtime.timeout_seconds)")
+            ray.kill(actor, no_restart=False)
+            return False
+        return True
+
+    async def _live(self, sampler: RaySampler, fleet: Fleet) -> None:
+        watching = asyncio.ensure_future(sampler.watch(self._timeout))
+        try:
+            await fleet.join(sampler)
+            await asyncio.shield(sampler.lost)
+            await fleet.leave(sampler.name, sampler.lost.result())
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
