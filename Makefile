@@ -34,7 +34,7 @@ evidence: install ## the quick form of the experiments behind docs/evidence; les
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed_to_target --quick
 
 test: $(VENV)/.installed-test ## run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 test-engines: $(VENV)/.installed-test $(ENGINES)/.installed ## run the tests against real vLLM, in an environment of its own
 	OMP_NUM_THREADS=1 VCPO_ENGINES_PYTHON=$(CURDIR)/$(ENGINES)/bin/python \

@@ -37,7 +37,7 @@ def train(config: Config, *, resume: Path | None = None, progress: Progress | No
     if config.pipeline.mode == "exact":
         from vcpo.runtime.inline import train_inline as train_here
     elif config.runtime.kind == "ray":
-        from vcpo.runtime.ray.run import train_ray as train_here
+        from vcpo.runtime.ray import train_ray as train_here
     else:
         from vcpo.runtime.local import train_local as train_here
     completed = False

@@ -1,8 +1,10 @@
-"""Makes workers light: with this folder in PYTHONPATH, ``python -m vcpo.runtime.worker`` runs as it is, but
-over services without torch, so that it starts in a fraction of a second. Python imports this module first.
+"""Makes workers light: with this folder in PYTHONPATH, ``python -m vcpo.runtime.worker`` and Ray's workers
+run as they are, but over services without torch, so that they start in a fraction of a second. Python imports
+this module first.
 
-``VCPO_TEST_NOTES`` names a folder where the workers write down what they did; ``VCPO_TEST_TROUBLE`` =
-``ROLE:PLACE:WHAT`` makes one of them fail, such as ``sampler:play:kill``.
+``VCPO_TEST_NOTES`` names a folder where the workers write down what they did; ``VCPO_TEST_TROUBLE``, or a
+file ``trouble`` in that folder, says ``ROLE:PLACE:WHAT`` and makes one of them fail: ``sampler:play:kill``.
+A file says it once: whoever fails removes it first, unless it ends with ``:always``.
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ def note(name: str, **content: Any) -> None:
 
 def trouble(here: str) -> str:
     """What is to go wrong ``here`` (role:place), if it is more than this function can do."""
-    role, place, what = os.environ.get("VCPO_TEST_TROUBLE", "::").split(":")
+    file = Path(os.environ["VCPO_TEST_NOTES"]) / "trouble"
+    said = file.read_text() if file.exists() else os.environ.get("VCPO_TEST_TROUBLE", "::")
+    role, place, what, *always = said.split(":")
     if f"{role}:{place}" != here:
         return ""
+    if not always:
+        file.unlink(missing_ok=True)
     match what:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -99,7 +105,11 @@ class LightLearner:
         return None
 
     def weights(self) -> tuple[int, dict[str, Any], str]:
-        return self._version, {"version": SimpleNamespace(nbytes=8)}, f"checksum-{self._version - self._rank}"
+        return (
+            self._version,
+            {"version": LightTensor(self._version)},
+            f"checksum-{self._version - self._rank}",
+        )
 
     def checkpoint(self, position: dict[str, Any]) -> None:
         if self._rank:
@@ -110,6 +120,29 @@ class LightLearner:
 
     def export(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
+
+
+class LightTensor:
+    """As much of a tensor as weights need on their way."""
+
+    dtype, shape, nbytes = "torch.uint8", (8,), 8
+
+    def __init__(self, content: Any) -> None:
+        import numpy as np
+
+        is_version = isinstance(content, int)
+        self._array = np.array([content]).view(np.uint8) if is_version else content
+
+    def detach(self) -> LightTensor:
+        return self
+
+    cpu = contiguous = flatten = detach
+
+    def view(self, how: Any) -> LightTensor:
+        return self
+
+    def numpy(self) -> Any:
+        return self._array
 
 
 class LightSampler:
@@ -145,7 +178,9 @@ class LightSampler:
 
     async def publish(self, version: int, weights: dict[str, Any], probe: object) -> str:
         assert probe is None
-        assert weights == {"version": version}, "the file is of another version"
+        arrived = weights["version"]
+        arrived = arrived.numpy().view(int)[0] if isinstance(arrived, LightTensor) else arrived
+        assert arrived == version, "the weights are of another version"
         self._version = version
         what = trouble("sampler:publish") if version == 2 else ""
         if what == "hang":
@@ -181,8 +216,8 @@ def install(name: str, **content: Any) -> None:
     sys.modules[name] = module
 
 
-if "vcpo.runtime.worker" in sys.orig_argv:
-    install("torch", set_num_threads=lambda count: None)
+if "vcpo.runtime.worker" in sys.orig_argv or any("default_worker.py" in a for a in sys.orig_argv):
+    install("torch", set_num_threads=lambda count: None, from_numpy=LightTensor, uint8=None)
     install("vcpo.pipeline.services", LearnerService=LightLearner, RolloutService=LightSampler)
     install("vcpo.learner", __path__=[])
     install("vcpo.learner.ranks", join=join, device_of=lambda rank, device: device)

@@ -133,9 +133,9 @@ class SamplerActor:
         from vcpo.pipeline.engines import Share
         from vcpo.pipeline.services import RolloutService
 
-        own = not config.sampler.urls  # every sampler starts the only server it has
-        place = Share(0, 1) if own else Share(*share)
-        service = RolloutService(config, Share(place.index, place.count, run_folder / "logs" / self._name))
+        # Servers that run are shared out; a server of its own is the only one that a sampler has.
+        index, count = share if config.sampler.urls else (0, 1)
+        service = RolloutService(config, Share(index, count, logs=run_folder / "logs" / self._name))
         service.begin(policy)
         await service.ready()
         return service

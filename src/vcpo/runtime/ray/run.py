@@ -19,7 +19,7 @@ from vcpo.pipeline.ports import Arrivals
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
 from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
-from vcpo.runtime.ray.cluster import check_room, connected
+from vcpo.runtime.ray.cluster import check_room
 from vcpo.runtime.ray.learner import Places, RayLearner
 from vcpo.runtime.ray.samplers import Samplers
 from vcpo.runtime.ray.scale import wanted_samplers
@@ -80,11 +80,18 @@ class _Run:
             fleet = Fleet(timeout_seconds=config.runtime.timeout_seconds)
             parts = Parts(learner, fleet, arrivals, begun, initial, self._begun_at)
 
+            failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+            def on_error(error: Exception) -> None:
+                if not failed.done():
+                    failed.set_exception(error)
+
             def on_controller(controller: Controller) -> None:
                 self._controller = controller
-                samplers.serve(fleet, arrivals, begun.policy, controller.fail)
+                samplers.serve(fleet, arrivals, begun.policy, on_error)
 
-            return await train_session(config, self._run, parts, progress, on_controller)
+            session = train_session(config, self._run, parts, progress, on_controller)
+            return await _unless(failed, asyncio.ensure_future(session))
         finally:
             await samplers.pause()
             learner.kill()
@@ -98,10 +105,19 @@ class _Run:
             await asyncio.sleep(SCALE_SECONDS)
 
 
-def train_ray(config: Config, run: RunFolder, progress: Progress, *, resume: bool) -> dict[str, Any]:
-    """Train on a Ray cluster; the summary, ``completed`` false if interrupted."""
+async def _unless(failed: asyncio.Future[Any], work: asyncio.Task[Any]) -> Any:
+    """The result of ``work``, unless ``failed`` has an error first: then ``work`` is cancelled."""
+    try:
+        await asyncio.wait([work, failed], return_when=asyncio.FIRST_COMPLETED)
+        return await (failed if failed.done() else work)
+    finally:
+        work.cancel()
+        failed.cancel()
+        await asyncio.gather(work, failed, return_exceptions=True)
+
+
+def train_connected(config: Config, run: RunFolder, progress: Progress, *, resume: bool) -> dict[str, Any]:
+    """Train on the cluster that this process is connected to."""
     run_here = RunFolder(run.path.resolve())  # actors have other working folders
-    progress.phase("connecting to Ray", None)
-    with connected(config):
-        check_room(config)
-        return asyncio.run(_Run(config, run_here, progress, resume=resume)())
+    check_room(config)
+    return asyncio.run(_Run(config, run_here, progress, resume=resume)())

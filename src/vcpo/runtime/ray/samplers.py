@@ -8,8 +8,9 @@ slot            a place in the cluster         Ray                              
 slot            the engine to be ready         the actor                        runtime.timeout_seconds,
                                                                                 then it is restarted
 slot            the end of its sampler         any call that finds it gone      never
-heartbeat       the actor's answer             the actor                        runtime.timeout_seconds,
-                                                                                then it is restarted
+watch           a sign of life                 the actor: its answer, and, as   runtime.timeout_seconds,
+                                               long as it has something to do,  then it is restarted
+                                               engine time or a finished group
 retire          its groups                     the fleet                        runtime.timeout_seconds
 =============== ============================== ================================ ========================
 """
@@ -39,6 +40,8 @@ from vcpo.runtime.replies import Reply, error_of
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
+PATIENCE = 0.7
+"""Of runtime.timeout_seconds: the controller, which waits for all of it, would end the run."""
 CALLS_AT_ONCE = 1_000_000
 """Groups that a sampler may hold; what the engine does at once is its own affair."""
 PAUSE_SECONDS = 0.5
@@ -59,6 +62,8 @@ class RaySampler:
         self._name, self._actor, self._arrivals, self._log = name, actor, arrivals, log_path
         self._on_error = on_error
         self._busy = 0.0
+        self._waiting = 0
+        """Answers that are waited for."""
         self._collecting: set[asyncio.Task[None]] = set()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set to the reason when the actor is found to be gone."""
@@ -112,11 +117,14 @@ class RaySampler:
         return self._answer(reference)
 
     async def _answer(self, reference: Any) -> Reply:
+        self._waiting += 1
         try:
             reply = await reference
         except RayError as error:
             self.gone(error)
             raise SamplerLost(f"{self._name} {self.lost.result()}") from None
+        finally:
+            self._waiting -= 1
         if "error" in reply:
             raise error_of(reply, self._name, self._log)
         return reply
@@ -126,16 +134,26 @@ class RaySampler:
             self.lost.set_result(f"is gone ({reason_of(why)}); see {self._log}")
 
     async def watch(self, timeout: float) -> None:
-        """Ask for signs of life until there are none."""
+        """Ask for signs of life until there are none for ``timeout`` seconds; then have Ray restart it."""
+        loop = asyncio.get_running_loop()
+        progress, moved = (self._busy, self.groups), loop.time()
         while not self.lost.done():
             try:
                 self._busy = await asyncio.wait_for(self._actor.busy.remote(), timeout)
             except TimeoutError:
-                self.gone(f"it did not answer for {timeout:g} s (runtime.timeout_seconds)")
-                ray.kill(self._actor, no_restart=False)
+                self.kill(f"it did not answer for {timeout:g} s (runtime.timeout_seconds)")
             except RayError as error:
                 self.gone(error)
-            await asyncio.wait([self.lost], timeout=HEARTBEAT_SECONDS)
+            if not self._waiting or progress != (self._busy, self.groups):
+                progress, moved = (self._busy, self.groups), loop.time()
+            elif loop.time() - moved > timeout:
+                self.kill(f"it did nothing for {timeout:g} s (runtime.timeout_seconds)")
+            await asyncio.wait([self.lost], timeout=min(HEARTBEAT_SECONDS, timeout / 8))
+
+    def kill(self, why: str) -> None:
+        """Have Ray restart the actor."""
+        self.gone(why)
+        ray.kill(self._actor, no_restart=False)
 
     def drop(self) -> None:
         """Wait for nothing any more."""
@@ -271,13 +289,12 @@ class Samplers:
         except SamplerLost:
             return False
         except TimeoutError:
-            sampler.gone(f"it was not ready within {self._timeout:g} s (runtime.timeout_seconds)")
-            ray.kill(actor, no_restart=False)
+            sampler.kill(f"it was not ready within {self._timeout:g} s (runtime.timeout_seconds)")
             return False
         return True
 
     async def _live(self, sampler: RaySampler, fleet: Fleet) -> None:
-        watching = asyncio.ensure_future(sampler.watch(self._timeout))
+        watching = asyncio.ensure_future(sampler.watch(PATIENCE * self._timeout))
         try:
             await fleet.join(sampler)
             await asyncio.shield(sampler.lost)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
-import torch
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
-from torch import Tensor
 
 from vcpo.errors import WorkerError
+
+if TYPE_CHECKING:  # the controller, which imports this too, needs no tensor
+    import numpy as np
+    from torch import Tensor
 
 Source = list[tuple[str, str, list[int], Any]]
 """(name, number type, shape, reference to the bytes) of each tensor."""
@@ -52,24 +53,29 @@ class ObjectStoreOutbox:
 
 
 def _put(name: str, tensor: Tensor) -> tuple[str, str, list[int], Any]:
+    import torch
+
     array = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), ray.put(array)
 
 
-class ObjectWeights(Mapping[str, Tensor]):
+class ObjectWeights(Mapping[str, "Tensor"]):
     """Tensors over bytes that are not copied, and must not be written to."""
 
     def __init__(self, source: Source, arrays: list[np.ndarray]) -> None:
         self._entries = {
-            name: (getattr(torch, dtype), shape, array)
-            for (name, dtype, shape, _), array in zip(source, arrays, strict=True)
+            name: (dtype, shape, array) for (name, dtype, shape, _), array in zip(source, arrays, strict=True)
         }
 
     def __getitem__(self, name: str) -> Tensor:
+        import torch
+
         dtype, shape, array = self._entries[name]
+        if not array.size:
+            return torch.empty(shape, dtype=getattr(torch, dtype))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "not writable": nobody writes
-            return torch.from_numpy(array).view(dtype).view(shape)
+            return torch.from_numpy(array).view(getattr(torch, dtype)).view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

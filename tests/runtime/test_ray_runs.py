@@ -1,0 +1,346 @@
+"""Actors of a Ray cluster that work, fail, hang and are killed: real actors, over services that need no torch
+(``light_workers``). The cluster has two machines as far as Ray can tell, both of them this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # listen on the loopback address alone
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.exceptions import ObjectStoreFullError
+
+from vcpo.config import Config, load_config
+from vcpo.errors import ConfigError, DataError, LearnerLost, PublicationError, VcpoError, WorkerError
+from vcpo.monitor.progress import SilentProgress
+from vcpo.monitor.sinks import read_metrics
+from vcpo.runtime import train
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+LIGHT = Path(__file__).parent / "light_workers"
+CPUS = 5
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    notes = tmp_path_factory.mktemp("notes")
+    settings = {"PYTHONPATH": str(LIGHT), "VCPO_TEST_NOTES": str(notes)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        made = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": CPUS - 1, "include_dashboard": False}
+        )
+        made.add_node(num_cpus=1)
+        try:
+            yield made
+        finally:
+            made.shutdown()
+
+
+@pytest.fixture
+def notes(cluster: Cluster) -> Iterator[Path]:
+    """Where workers write down what they did; in the end all places in the cluster are free again."""
+    folder = Path(os.environ["VCPO_TEST_NOTES"])
+    for left in folder.iterdir():
+        left.unlink()
+    yield folder
+    assert not ray.is_initialized()
+    ray.init(address=cluster.address, log_to_driver=False)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == CPUS)
+    ray.shutdown()
+
+
+class Notes(SilentProgress):
+    """Remembers what a person would read."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def noted(notes: Path, name: str) -> list[dict[str, Any]]:
+    path = notes / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def surviving(notes: Path) -> list[int]:
+    """Groups trained on in the history that counts: of each version, the step that was taken last."""
+    steps = {row["version"]: row["groups"] for row in noted(notes, "trained")}
+    return [number for version in sorted(steps) for number in steps[version]]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def config_of(cluster: Cluster | None, folder: Path, **changes: Any) -> Config:
+    settings = {
+        "run__folder": folder,
+        "run__name": "run",
+        "warm_start__steps": 0,
+        "learner__checkpoint_every": 4,
+        "pipeline__prompts": 2,
+        "pipeline__group_size": 2,
+        "pipeline__steps": 12,
+        "pipeline__window": 4,
+        "pipeline__lag": 3,
+        "evaluation__every": 0,
+        "evaluation__final_problems": 5,
+        "runtime__kind": "ray",
+        "runtime__address": cluster.address if cluster else "",
+        "runtime__samplers": 2,
+        "runtime__learner_ranks": 2,
+        "runtime__timeout_seconds": 60,
+    }
+    pairs = (settings | changes).items()
+    return load_config(None, [f"--{k.replace('__', '.')}={v}" for k, v in pairs])
+
+
+def test_a_run_from_begin_to_end(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    summary = train(config_of(cluster, tmp_path, pipeline__steps=30, warm_start__steps=2))
+    assert (summary["completed"], summary["steps"], summary["accuracy_after"]) == (True, 30, 1.0)
+    assert sorted(row["group"] for row in noted(notes, "played")) == list(range(60))
+    assert noted(notes, "trained") == noted(notes, "trained-1")
+    assert sorted(surviving(notes)) == list(range(60))
+    rows = read_metrics(tmp_path / "run")
+    assert max(row["lag_max"] for row in rows) <= summary["lag_bound"] == 5
+    assert {name for row in rows for name in row["samplers"]} == {"sampler-0", "sampler-1"}
+    logs = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
+    assert logs == ["learner-0.log", "learner-1.log", "sampler-0.log", "sampler-1.log"]
+
+
+def test_a_killed_sampler_is_restarted_and_its_groups_are_played_again(
+    cluster: Cluster, notes: Path, tmp_path: Path
+) -> None:
+    (notes / "trouble").write_text("sampler:play:kill")
+    progress = Notes()
+    summary = train(config_of(cluster, tmp_path, pipeline__steps=200), progress=progress)
+    assert summary["steps"] == 200
+    assert surviving(notes) == [row for step in noted(notes, "trained") for row in step["groups"]]
+    assert sorted(surviving(notes)) == list(range(400))
+    assert [line for line in progress.lines if "its process is gone" in line] == progress.lines
+    assert len(progress.lines) == 1
+    lost = progress.lines[0].split()[0]
+    counts = [lost in row["samplers"] for row in read_metrics(tmp_path / "run")]
+    assert not counts[0] and counts[-1], "it was not there again before the end"
+
+
+def test_a_killed_rank_takes_the_learner_back_to_its_checkpoint(
+    cluster: Cluster, notes: Path, tmp_path: Path
+) -> None:
+    (notes / "trouble").write_text("learner-1:step:kill")
+    progress = Notes()
+    assert train(config_of(cluster, tmp_path), progress=progress)["steps"] == 12
+    assert sorted(surviving(notes)) == list(range(24))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 13))
+    assert len(progress.lines) == 1
+    assert "learner-1 is gone (its process is gone); see" in progress.lines[0]
+    assert "begins anew from the last checkpoint" in progress.lines[0]
+
+
+def test_a_learner_that_dies_again_and_again_ends_the_run(
+    cluster: Cluster, notes: Path, tmp_path: Path
+) -> None:
+    (notes / "trouble").write_text("learner-1:step:kill:always")
+    progress = Notes()
+    with pytest.raises(LearnerLost, match="learner-1 is gone"):
+        train(config_of(cluster, tmp_path, runtime__restarts=2), progress=progress)
+    assert len(progress.lines) == 2
+
+
+def test_a_sampler_that_never_gets_ready_ends_the_run(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    (notes / "trouble").write_text("sampler:begin:kill:always")
+    with pytest.raises(WorkerError, match=r"for the 2th time in a row without having finished a group"):
+        train(config_of(cluster, tmp_path, runtime__restarts=1, runtime__samplers=1))
+
+
+@pytest.mark.parametrize("place", ["play", "publish", "evaluate"])
+def test_a_sampler_that_hangs_is_restarted(place: str, cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    (notes / "trouble").write_text(f"sampler:{place}:hang")
+    progress = Notes()
+    assert train(config_of(cluster, tmp_path, runtime__timeout_seconds=4), progress=progress)["steps"] == 12
+    assert sorted(surviving(notes)) == list(range(24))
+    assert "did nothing for 2.8 s (runtime.timeout_seconds)" in progress.lines[0]
+
+
+def test_a_rank_that_hangs_ends_the_run_by_its_name(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    (notes / "trouble").write_text("learner-1:step:block")
+    with pytest.raises(WorkerError, match=r"learner-1 did not answer 'step' within 4 s .*learner-1\.log"):
+        train(config_of(cluster, tmp_path, runtime__timeout_seconds=4))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error", "match"),
+    [
+        ("sampler:play:DataError", DataError, r"^problems\.jsonl, line 3"),
+        ("sampler:publish:wrong", PublicationError, "serves other weights than version 2"),
+        ("learner:begin:RuntimeError", WorkerError, r"learner-0: RuntimeError: out of luck; see .*log"),
+    ],
+)
+def test_errors_of_actors_end_the_run_as_they_are(
+    trouble: str, error: type[VcpoError], match: str, cluster: Cluster, notes: Path, tmp_path: Path
+) -> None:
+    (notes / "trouble").write_text(trouble)
+    with pytest.raises(error, match=match):
+        train(config_of(cluster, tmp_path))
+
+
+def test_a_machine_that_leaves_and_one_that_joins(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    """Samplers of a machine that is switched off wait for another one; the run goes on without them."""
+    node = cluster.add_node(num_cpus=1, resources={"own": 1})
+    seen: list[set[str]] = []
+
+    class Switch(Notes):
+        def advance(self, figures: Any) -> None:
+            seen.append(set(figures.get("samplers", {})))
+            if len(seen) == 30:
+                cluster.remove_node(node)
+            if len(seen) == 100:
+                cluster.add_node(num_cpus=1)
+
+    progress = Switch()
+    settings = {"pipeline__steps": 1500, "runtime__samplers": 4, "pipeline__prompts": 4}
+    try:
+        train(config_of(cluster, tmp_path, **settings), progress=progress)
+    finally:
+        extra = list(cluster.worker_nodes)[1:]
+        for left in extra:
+            cluster.remove_node(left)
+    assert sorted(surviving(notes)) == list(range(6000))
+    assert len(seen[29]) == len(seen[-1]) == 4
+    assert min(len(there) for there in seen[30:]) == 3
+
+
+def test_samplers_join_and_leave_as_asked(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+    scale = [sys.executable, "-m", "vcpo.cli", "scale", str(tmp_path / "run"), "--samplers"]
+
+    class Ask(Notes):
+        def advance(self, figures: Any) -> None:
+            seen.append(set(figures.get("samplers", {})))
+            wanted = {20: "3", 300: "1"}.get(len(seen))
+            if wanted:
+                subprocess.run([*scale, wanted], check=True, env=os.environ | {"PYTHONPATH": ""})
+
+    progress = Ask()
+    train(config_of(cluster, tmp_path, pipeline__steps=1500, runtime__samplers=2), progress=progress)
+    assert sorted(surviving(notes)) == list(range(3000))
+    assert {f"sampler-{i}" for i in range(3)} in seen
+    assert seen[-1] == {"sampler-0"}
+    assert progress.lines == ["samplers: 3 in place of 2", "samplers: 1 in place of 3"]
+
+
+def test_too_small_a_cluster_is_told_at_once(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    config = config_of(cluster, tmp_path, runtime__learner_ranks=6, runtime__wait_seconds=1)
+    with pytest.raises(ConfigError, match=r"6 ranks .* need 7 CPUs, and it has 5; add machines"):
+        train(config)
+    with pytest.raises(ConfigError, match=r"need .*1 GPUs, and it has 0"):
+        train(config_of(cluster, tmp_path, runtime__sampler_gpus=1, runtime__wait_seconds=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_that_is_full_is_told_after_a_while(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(cluster.address)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline()
+        with pytest.raises(
+            ConfigError, match=r"no room for 2 ranks .* within 2 s .*: 1 CPUs and 0 GPUs are free"
+        ):
+            train(config_of(cluster, tmp_path, runtime__wait_seconds=2))
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+HOLD = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote
+class Holder:
+    def here(self): pass
+held = [Holder.options(num_cpus=1).remote() for _ in range(4)]
+ray.get([h.here.remote() for h in held])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    for address, match in (
+        (f"127.0.0.1:{port}", rf"no Ray cluster answers at 127\.0\.0\.1:{port} .*ray start --head"),
+        ("here", r"'here' is no address: write HOST:PORT"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            train(config_of(None, tmp_path, runtime__address=address))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("vcpo.runtime.ray.cluster.CURRENT_CLUSTER", tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"no Ray cluster was started on this machine .*ray start --head"):
+        train(config_of(None, tmp_path, runtime__address="auto"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_ray_has_no_place_for(tmp_path: Path) -> None:
+    for changes, match in (
+        ({"pipeline__mode": "exact", "runtime__learner_ranks": 1}, "needs pipeline.mode = 'async'"),
+        ({"runtime__address": "ray://head:10001"}, "Ray Client"),
+        ({"runtime__kind": "local", "runtime__address": "auto"}, "is for runtime.kind = 'ray'"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            train(config_of(None, tmp_path, **changes))
+
+
+def test_a_full_object_store_names_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from vcpo.runtime.ray import weights
+
+    def full(value: object) -> object:
+        raise ObjectStoreFullError("Failed to put object: 3 bytes")
+
+    monkeypatch.setattr(weights.ray, "put", full)
+    with pytest.raises(
+        WorkerError, match=r"no room for version 4 of the weights \(12 bytes\).*--object-store-memory"
+    ):
+        weights.ObjectStoreOutbox().put(4, {"w": torch.zeros(3)})
+
+
+def test_weights_are_the_same_bytes_beyond_the_object_store() -> None:
+    import torch
+
+    from vcpo.runtime.ray.weights import ObjectWeights
+    from vcpo.weights import checksum
+
+    tensors = {
+        "a": torch.randn(3, 4),
+        "b": torch.randn(5).to(torch.bfloat16),
+        "c": torch.zeros(0, 2),
+        "d": torch.tensor(7),
+    }
+    source = [
+        (n, str(t.dtype).removeprefix("torch."), list(t.shape), t.flatten().view(torch.uint8).numpy())
+        for n, t in tensors.items()
+    ]
+    assert checksum(ObjectWeights(source, [array for *_, array in source])) == checksum(tensors)
