@@ -136,7 +136,7 @@ def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing(tmp_path: Path) -> None:
         assert driver.returncode == 0
         summary = json.loads(output.splitlines()[-1])
         assert summary == {"completed": False, "steps": steps_of(run), "run_folder": str(run)}
-        assert (run / "checkpoints" / f"step-{summary['steps']}").is_dir()
+        assert list((run / "checkpoints").glob("step-*"))
         wait_until(lambda: not processes_of(run))
     finally:
         driver.kill()

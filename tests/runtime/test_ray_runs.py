@@ -21,17 +21,20 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.exceptions import ObjectStoreFullError
 
+from vcpo.cli import main
 from vcpo.config import Config, load_config
 from vcpo.errors import ConfigError, DataError, LearnerLost, PublicationError, VcpoError, WorkerError
 from vcpo.monitor.progress import SilentProgress
 from vcpo.monitor.sinks import read_metrics
+from vcpo.pipeline.run_folder import RunFolder
 from vcpo.runtime import train
+from vcpo.runtime.ray.scale import scale
 
 pytestmark = pytest.mark.xdist_group("ray")
 
 LIGHT = Path(__file__).parent / "light_workers"
 CPUS = 5
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -128,20 +131,51 @@ def test_a_run_from_begin_to_end(cluster: Cluster, notes: Path, tmp_path: Path) 
     assert logs == ["learner-0.log", "learner-1.log", "sampler-0.log", "sampler-1.log"]
 
 
+class Enough(Exception):
+    """What was waited for has happened."""
+
+
+class Watching(Notes):
+    """Ends a run that would go on for ever, once all conditions on who is there were true, one after the
+    other; each calls its action then."""
+
+    def __init__(self, *stages: tuple[Callable[[set[str]], bool], Callable[[], object]]) -> None:
+        super().__init__()
+        self._stages = list(stages)
+        self._end = time.monotonic() + PATIENCE
+
+    def advance(self, figures: Any) -> None:
+        there = set(figures.get("samplers", {}))
+        assert time.monotonic() < self._end, f"{len(self._stages)} stages are left; there: {there}"
+        if self._stages[0][0](there):
+            self._stages.pop(0)[1]()
+        if not self._stages:
+            raise Enough
+
+
+def nothing() -> None:
+    pass
+
+
+def check_complete(trained: list[int]) -> None:
+    """Nothing twice, and nothing left out but at the end, where the window was open."""
+    assert len(set(trained)) == len(trained)
+    assert set(range(len(trained) - 20)) <= set(trained)
+
+
 def test_a_killed_sampler_is_restarted_and_its_groups_are_played_again(
     cluster: Cluster, notes: Path, tmp_path: Path
 ) -> None:
-    (notes / "trouble").write_text("sampler:play:kill")
-    progress = Notes()
-    summary = train(config_of(cluster, tmp_path, pipeline__steps=200), progress=progress)
-    assert summary["steps"] == 200
-    assert surviving(notes) == [row for step in noted(notes, "trained") for row in step["groups"]]
-    assert sorted(surviving(notes)) == list(range(400))
-    assert [line for line in progress.lines if "its process is gone" in line] == progress.lines
+    progress = Watching(
+        (lambda there: len(there) == 2, lambda: (notes / "trouble").write_text("sampler:play:kill")),
+        (lambda there: len(there) == 1, nothing),
+        (lambda there: len(there) == 2, nothing),
+    )
+    with pytest.raises(Enough):
+        train(config_of(cluster, tmp_path, pipeline__steps=10**6), progress=progress)
+    check_complete(surviving(notes))
     assert len(progress.lines) == 1
-    lost = progress.lines[0].split()[0]
-    counts = [lost in row["samplers"] for row in read_metrics(tmp_path / "run")]
-    assert not counts[0] and counts[-1], "it was not there again before the end"
+    assert "its process is gone" in progress.lines[0]
 
 
 def test_a_killed_rank_takes_the_learner_back_to_its_checkpoint(
@@ -206,47 +240,43 @@ def test_errors_of_actors_end_the_run_as_they_are(
 
 def test_a_machine_that_leaves_and_one_that_joins(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
     """Samplers of a machine that is switched off wait for another one; the run goes on without them."""
-    node = cluster.add_node(num_cpus=1, resources={"own": 1})
-    seen: list[set[str]] = []
-
-    class Switch(Notes):
-        def advance(self, figures: Any) -> None:
-            seen.append(set(figures.get("samplers", {})))
-            if len(seen) == 30:
-                cluster.remove_node(node)
-            if len(seen) == 100:
-                cluster.add_node(num_cpus=1)
-
-    progress = Switch()
-    settings = {"pipeline__steps": 1500, "runtime__samplers": 4, "pipeline__prompts": 4}
+    node = cluster.add_node(num_cpus=1)
+    progress = Watching(
+        (lambda there: len(there) == 4, lambda: cluster.remove_node(node)),
+        (lambda there: len(there) == 3, lambda: cluster.add_node(num_cpus=1)),
+        (lambda there: len(there) == 4, nothing),
+    )
     try:
-        train(config_of(cluster, tmp_path, **settings), progress=progress)
+        with pytest.raises(Enough):
+            train(config_of(cluster, tmp_path, pipeline__steps=10**6, runtime__samplers=4), progress=progress)
     finally:
-        extra = list(cluster.worker_nodes)[1:]
-        for left in extra:
-            cluster.remove_node(left)
-    assert sorted(surviving(notes)) == list(range(6000))
-    assert len(seen[29]) == len(seen[-1]) == 4
-    assert min(len(there) for there in seen[30:]) == 3
+        for extra in list(cluster.worker_nodes)[1:]:
+            cluster.remove_node(extra)
+    check_complete(surviving(notes))
 
 
 def test_samplers_join_and_leave_as_asked(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
-    seen: list[set[str]] = []
-    scale = [sys.executable, "-m", "vcpo.cli", "scale", str(tmp_path / "run"), "--samplers"]
+    def ask(count: int) -> None:
+        main(["scale", str(tmp_path / "run"), "--samplers", str(count)])
 
-    class Ask(Notes):
-        def advance(self, figures: Any) -> None:
-            seen.append(set(figures.get("samplers", {})))
-            wanted = {20: "3", 300: "1"}.get(len(seen))
-            if wanted:
-                subprocess.run([*scale, wanted], check=True, env=os.environ | {"PYTHONPATH": ""})
-
-    progress = Ask()
-    train(config_of(cluster, tmp_path, pipeline__steps=1500, runtime__samplers=2), progress=progress)
-    assert sorted(surviving(notes)) == list(range(3000))
-    assert {f"sampler-{i}" for i in range(3)} in seen
-    assert seen[-1] == {"sampler-0"}
+    progress = Watching(
+        (lambda there: there == {"sampler-0", "sampler-1"}, lambda: ask(3)),
+        (lambda there: there == {"sampler-0", "sampler-1", "sampler-2"}, lambda: ask(1)),
+        (lambda there: there == {"sampler-0"}, nothing),
+    )
+    with pytest.raises(Enough):
+        train(config_of(cluster, tmp_path, pipeline__steps=10**6), progress=progress)
+    check_complete(surviving(notes))
     assert progress.lines == ["samplers: 3 in place of 2", "samplers: 1 in place of 3"]
+
+
+def test_only_a_ray_run_can_be_scaled(tmp_path: Path) -> None:
+    RunFolder.create(config_of(None, tmp_path, runtime__kind="local"))
+    with pytest.raises(ConfigError, match=r"only a ray run can be scaled"):
+        scale(tmp_path / "run", 2)
+    RunFolder.create(config_of(None, tmp_path, run__name="other"))
+    with pytest.raises(ConfigError, match=r"a run needs at least one"):
+        scale(tmp_path / "other", 0)
 
 
 def test_too_small_a_cluster_is_told_at_once(cluster: Cluster, notes: Path, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ activations or gradients, which are FSDP2's business).
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -78,10 +80,22 @@ def join(rank: int, size: int, meeting: str, device: str, timeout: float) -> Ran
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(
-        backend, init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-    )
+    limit, parts = timedelta(seconds=timeout), urlsplit(meeting)
+    if parts.scheme == "tcp":
+        store = _store(parts.hostname or "", parts.port or 0, rank, size, limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    else:
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=limit)
     return Ranks(rank, size, device)
+
+
+def _store(host: str, port: int, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The first rank's: listening on its address alone. A store that opens its port itself listens on all
+    interfaces, and takes whatever anybody says."""
+    listening = socket.create_server((host, port)).detach() if rank == 0 else None
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
+    )
 
 
 def device_of(rank: int, device: str) -> str:
