@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -89,7 +90,7 @@ def join(rank: int, size: int, meeting: str, device: str, timeout: float) -> Ran
     return Ranks(rank, size, device)
 
 
-def _store(host: str, port: int, rank: int, size: int, timeout: timedelta) -> dist.Store:
+def _store(host: str, port: int, rank: int, size: int, timeout: timedelta) -> Any:
     """The first rank's: listening on its address alone. A store that opens its port itself listens on all
     interfaces, and takes whatever anybody says."""
     listening = socket.create_server((host, port)).detach() if rank == 0 else None

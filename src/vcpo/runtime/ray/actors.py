@@ -131,14 +131,19 @@ class SamplerActor:
 
     async def _started(self, config: Any, run_folder: Path, policy: str, share: tuple[int, int]) -> Any:
         from vcpo.pipeline.engines import Share
-        from vcpo.pipeline.services import RolloutService
 
         # Servers that run are shared out; a server of its own is the only one that a sampler has.
         index, count = share if config.sampler.urls else (0, 1)
-        service = RolloutService(config, Share(index, count, logs=run_folder / "logs" / self._name))
+        service = self.service(config, Share(index, count, logs=run_folder / "logs" / self._name))
         service.begin(policy)
         await service.ready()
         return service
+
+    def service(self, config: Any, share: Any) -> Any:
+        """What plays."""
+        from vcpo.pipeline.services import RolloutService
+
+        return RolloutService(config, share)
 
     async def publish(self, version: int, source: Source, probe: dict[str, Any] | None) -> Reply:
         from vcpo.weights import Probe

@@ -164,11 +164,13 @@ class RaySampler:
 class Samplers:
     """The samplers of a run, through all lives of its learner."""
 
-    def __init__(self, config: Config, run: RunFolder, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, note: Callable[[str], None], kind: type = SamplerActor
+    ) -> None:
         self._config, self._run, self._note = config, run, note
         self._timeout = config.runtime.timeout_seconds
         request = sampler_request(config)
-        self._actor_class: Any = ray.remote(SamplerActor).options(
+        self._actor_class: Any = ray.remote(kind).options(
             num_cpus=request.cpus,
             num_gpus=request.gpus,
             max_restarts=-1,
