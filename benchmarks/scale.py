@@ -2,12 +2,12 @@
 
     python -m benchmarks.scale [--quick] [--json FILE] [--repetitions N]
 
-A simulated engine has as many slots as a real one and waits as long as that would compute, so that eight fit
-on two cores; everything around it is what a run has: environment, rollout loop, object store, calls of actors,
-fleet, window, journal. The learner is a stub that takes no time.
+A simulated engine has as many slots as a real one and waits as long as that would compute, so that eight
+fit on two cores; everything around it is what a run has: environment, rollout loop, object store, calls of
+actors, fleet, window, journal. The learner is a stub that takes no time.
 
-- **scaling**: 1, 2, 4 and 8 samplers, in turn; episodes a second, over as many times what one sampler did. The
-  controller's milliseconds are CPU time of its whole process, Ray's threads included, per group.
+- **scaling**: 1, 2, 4 and 8 samplers, in turn; episodes a second, over as many times what one sampler did.
+  The controller's milliseconds are CPU time of its whole process, Ray's threads included, per group.
 - **in flight**: 10,000 groups given out at once to eight samplers, most of which wait for a slot. Memory of
   the controller, and how late its event loop wakes up, in the first and the last third.
 """
@@ -88,11 +88,12 @@ class Stub:
 
 @dataclass
 class Watch:
-    """How late the event loop wakes up, and what memory the process has: (seconds since the start, milliseconds
-    late), (seconds, MiB)."""
+    """How late the event loop wakes up, and what memory the process has."""
 
     delays: list[tuple[float, float]] = field(default_factory=list)
+    """(seconds since the start, milliseconds late)."""
     memory: list[tuple[float, float]] = field(default_factory=list)
+    """(seconds since the start, MiB)."""
 
     async def __call__(self, nap: float = 0.02) -> None:
         begun = time.monotonic()

@@ -123,6 +123,15 @@ def test_one_process_gets_one_bar_in_which_sampling_is_not_counted_as_waiting(tm
     assert "samplers" not in page.words.split("Where the time went")[1].split("All figures")[0]
 
 
+def test_several_samplers_get_a_table_and_one_does_not(tmp_path: Path):
+    figures = {"version": 1, "lag": 1, "tokens_per_second": 1234.0, "outstanding_groups": 7}
+    one, two = {"sampler-0": figures}, {"sampler-0": figures, "<i>": figures}
+    page = report(make_run(tmp_path / "two", samplers=two))
+    assert "sampler-060601 2341.0017" in page.words.replace("\u202f", " ").replace("\xa0", " ")
+    assert "<i>" in page.words
+    assert "most groups waiting" not in report(make_run(tmp_path / "one", samplers=one)).words
+
+
 def test_an_interrupted_run_still_gets_a_report(tmp_path: Path):
     make_run(tmp_path, steps=25)
     (tmp_path / "evaluation_before.json").write_text('{"greedy_accuracy_before": 0.3}')

@@ -14,6 +14,7 @@ from vcpo.monitor.statistics import (
     lag_counts,
     mean,
     run_totals,
+    sampler_shares,
     series,
     student_interval,
     student_quantile,
@@ -159,3 +160,27 @@ def test_the_interval_of_a_mean() -> None:
     assert student_interval([0.7]) == (0.7, 0.7)
     with pytest.raises(VcpoError):
         student_interval([])
+
+
+def test_shares_of_samplers_that_come_and_go_by_hand() -> None:
+    def figures(version: int, lag: int, rate: float | None, groups: int) -> dict[str, object]:
+        return {
+            "version": version,
+            "lag": lag,
+            "tokens_per_second": rate,
+            "outstanding_groups": groups,
+        }
+
+    rows = [
+        {"step": 1, "samplers": {"b": figures(0, 1, 100.0, 3)}},
+        {"step": 2, "samplers": {"b": figures(2, 0, 300.0, 9), "a": figures(-1, 3, None, 0)}},
+        {"step": 3, "samplers": {"b": figures(2, 1, None, 4)}},
+        {"step": 4},
+    ]
+    a, b = sampler_shares(rows)
+    assert (a.name, a.steps, a.last, a.tokens_per_second, a.lag_mean, a.outstanding_max) == (
+        "a", 1, 2, None, 0.0, 0,
+    )  # fmt: skip
+    assert (b.steps, b.last, b.tokens_per_second, b.lag_max, b.outstanding_max) == (3, 3, 200.0, 1, 9)
+    assert b.lag_mean == pytest.approx(2 / 3)
+    assert sampler_shares([{"step": 1}]) == []

@@ -95,6 +95,7 @@ pre{font-size:.82rem;margin:0 0 12px}
 table{border-collapse:collapse;font-size:.86rem;margin-bottom:12px}
 th{width:45%;text-align:left;font-weight:500;color:var(--muted);padding:3px 16px 3px 0}
 th,td{vertical-align:top}
+.columns th,.columns td{width:auto;padding-right:20px}
 td{padding:3px 0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 dl{margin:0 0 12px;font-size:.9rem}
 dt{margin-top:8px}dt i{color:var(--muted);font-style:normal;font-size:.82rem}

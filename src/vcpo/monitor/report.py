@@ -20,7 +20,7 @@ from vcpo.monitor.diagnosis import Finding, diagnose
 from vcpo.monitor.glossary import GLOSSARY
 from vcpo.monitor.html import chart, page
 from vcpo.monitor.sinks import METRICS_FILE, read_metrics, write_atomically
-from vcpo.monitor.statistics import Row, run_totals, series, time_spent
+from vcpo.monitor.statistics import Row, run_totals, sampler_shares, series, time_spent
 
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
@@ -225,7 +225,7 @@ def _charts(run: Run) -> str:
         for title, subtitle, keys, draw in charts
         if (drawing := figures.svg(draw, title))
     ]
-    shown = "".join(cards) + _time(run)
+    shown = "".join(cards) + _time(run) + _samplers(run)
     return f"<h2>Over the run</h2><div class=grid>{shown}</div>" if shown else ""
 
 
@@ -275,6 +275,23 @@ def _bar(name: str, parts: Sequence[tuple[str, str, float]], scale: float) -> st
     )
     label = f"<span>{name}</span>" if name else ""
     return f"<div class=bar>{label}<div>{pieces}</div></div>"
+
+
+def _samplers(run: Run) -> str:
+    """What each of several samplers did; they may have come and gone."""
+    shares = sampler_shares(run.rows)
+    if len(shares) < 2:
+        return ""
+    titles = ("", "steps", "last step", "tokens a second", "lag, mean", "largest", "most groups waiting")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    body = "".join(
+        f"<tr><th>{escape(s.name)}</th><td>{s.steps}</td><td>{s.last}</td>"
+        f"<td>{words.NOTHING if s.tokens_per_second is None else words.amount(s.tokens_per_second)}</td>"
+        f"<td>{s.lag_mean:.2f}</td><td>{s.lag_max}</td><td>{s.outstanding_max}</td></tr>"
+        for s in shares
+    )
+    table = f"<div class=scroll><table class=columns><tr>{head}</tr>{body}</table></div>"
+    return chart("Samplers", "steps at whose end each was there", [], table, wide=True)
 
 
 def _facts(summary: Mapping[str, Any]) -> str:

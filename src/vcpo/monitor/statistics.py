@@ -10,7 +10,7 @@ from statistics import NormalDist
 from typing import Any
 
 from vcpo.errors import VcpoError
-from vcpo.monitor.glossary import HISTOGRAM
+from vcpo.monitor.glossary import HISTOGRAM, SAMPLERS
 
 Row = Mapping[str, Any]
 """One line of metrics.jsonl; a value is None where it was not finite."""
@@ -182,3 +182,45 @@ def run_totals(rows: Sequence[Row]) -> dict[str, float | int | None]:
         "seconds_waiting": spent.waiting,
         "seconds_publishing": spent.publishing,
     }
+
+
+@dataclass(frozen=True)
+class SamplerShare:
+    """What one sampler did in a run."""
+
+    name: str
+    steps: int
+    """At whose end it was there."""
+    last: int
+    """The last of them."""
+    tokens_per_second: float | None
+    """Mean over those steps; None if it finished nothing."""
+    lag_mean: float
+    """Of the weights it served behind the learner's, mean and largest."""
+    lag_max: int
+    outstanding_max: int
+    """The most groups that waited for it."""
+
+
+def sampler_shares(rows: Sequence[Row]) -> list[SamplerShare]:
+    """In the order of their names; none for runs that do not tell."""
+    seen: dict[str, list[tuple[int, Row]]] = {}
+    for row in rows:
+        for name, figures in row.get(SAMPLERS, {}).items():
+            seen.setdefault(name, []).append((row["step"], figures))
+    shares = []
+    for name, told in sorted(seen.items()):
+        rates = [f["tokens_per_second"] for _, f in told if f["tokens_per_second"]]
+        lags = [f["lag"] for _, f in told if f["version"] >= 0]
+        shares.append(
+            SamplerShare(
+                name=name,
+                steps=len(told),
+                last=told[-1][0],
+                tokens_per_second=sum(rates) / len(rates) if rates else None,
+                lag_mean=sum(lags) / max(len(lags), 1),
+                lag_max=max(lags, default=0),
+                outstanding_max=max(f["outstanding_groups"] for _, f in told),
+            )
+        )
+    return shares

@@ -13,7 +13,7 @@ from vcpo.errors import ModelError, UnreachableDataError
 from vcpo.pipeline.build import algorithm_of, build_environment, small_alphabet
 from vcpo.pipeline.calibration import find_calibration
 from vcpo.pipeline.engines import check_engine
-from vcpo.pipeline.processes import check_processes
+from vcpo.pipeline.processes import check_processes, smallest, whole
 from vcpo.pipeline.session import lag_bound_of
 from vcpo.pipeline.step_scales import read_step_scales
 
@@ -80,7 +80,13 @@ def _processes(config: Config) -> str:
         return f"1 (learner and sampler in turn), {threads}"
     samplers, ranks = config.runtime.samplers, config.runtime.learner_ranks
     learner = f"{ranks} ranks of the learner" if ranks > 1 else "learner"
-    return f"controller, {learner}, {samplers} sampler{'s' if samplers > 1 else ''}, {threads}"
+    told = f"controller, {learner}, {samplers} sampler{'s' if samplers > 1 else ''}, {threads}"
+    if config.runtime.kind == "local":
+        return told
+    where = config.runtime.address or "its own on this machine"
+    return (
+        f"{told}; on Ray ({where}), which must have at least {smallest(config)}, and {whole(config)} for all"
+    )
 
 
 def _model(config: Config, size: ModelSize | None) -> str:

@@ -1,6 +1,8 @@
-"""Settings of processes that do not go together, told before anything is started."""
+"""Which processes a run has: settings that do not go together, and what they ask a cluster for."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from vcpo.config import Config
 from vcpo.errors import ConfigError
@@ -41,3 +43,51 @@ def _check_ray(config: Config) -> None:
             f"sampler.servers = {sampler.servers}, and under ray every sampler has one vLLM server: set "
             "runtime.samplers in its place"
         )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one actor asks for."""
+
+    cpus: float
+    gpus: float
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        return {name: value for name, value in (("CPU", self.cpus), ("GPU", self.gpus)) if value}
+
+    def times(self, count: int) -> Request:
+        return Request(count * self.cpus, count * self.gpus)
+
+    def plus(self, other: Request) -> Request:
+        return Request(self.cpus + other.cpus, self.gpus + other.gpus)
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+
+
+def rank_request(config: Config) -> Request:
+    runtime = config.runtime
+    gpus = runtime.rank_gpus
+    return Request(runtime.rank_cpus, float(_on_cuda(config)) if gpus is None else gpus)
+
+
+def sampler_request(config: Config) -> Request:
+    runtime = config.runtime
+    own = _on_cuda(config) and not config.sampler.urls
+    return Request(runtime.sampler_cpus, float(own) if runtime.sampler_gpus is None else runtime.sampler_gpus)
+
+
+def _on_cuda(config: Config) -> bool:
+    return config.model.device.startswith("cuda")
+
+
+def smallest(config: Config) -> Request:
+    """What a run cannot begin without: all ranks of the learner and one sampler."""
+    return rank_request(config).times(config.runtime.learner_ranks).plus(sampler_request(config))
+
+
+def whole(config: Config) -> Request:
+    """What all actors ask for."""
+    ranks = rank_request(config).times(config.runtime.learner_ranks)
+    return ranks.plus(sampler_request(config).times(config.runtime.samplers))

@@ -14,12 +14,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vcpo.config import Config
 from vcpo.errors import ConfigError
+from vcpo.pipeline.processes import rank_request, sampler_request, smallest, whole
 
 CONNECT_SECONDS = 5.0
 """How long the port of a cluster may take to answer: Ray itself would wait for many minutes."""
@@ -27,54 +27,6 @@ CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")
 """Where ``ray start`` writes the address of this machine's cluster."""
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """What makes Ray listen on 127.0.0.1, as it does by itself on macOS and Windows."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one actor asks for."""
-
-    cpus: float
-    gpus: float
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        return {name: value for name, value in (("CPU", self.cpus), ("GPU", self.gpus)) if value}
-
-    def times(self, count: int) -> Request:
-        return Request(count * self.cpus, count * self.gpus)
-
-    def plus(self, other: Request) -> Request:
-        return Request(self.cpus + other.cpus, self.gpus + other.gpus)
-
-    def __str__(self) -> str:
-        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
-
-
-def rank_request(config: Config) -> Request:
-    runtime = config.runtime
-    gpus = runtime.rank_gpus
-    return Request(runtime.rank_cpus, float(_on_cuda(config)) if gpus is None else gpus)
-
-
-def sampler_request(config: Config) -> Request:
-    runtime = config.runtime
-    own = _on_cuda(config) and not config.sampler.urls
-    return Request(runtime.sampler_cpus, float(own) if runtime.sampler_gpus is None else runtime.sampler_gpus)
-
-
-def _on_cuda(config: Config) -> bool:
-    return config.model.device.startswith("cuda")
-
-
-def smallest(config: Config) -> Request:
-    """What a run cannot begin without: all ranks of the learner and one sampler."""
-    return rank_request(config).times(config.runtime.learner_ranks).plus(sampler_request(config))
-
-
-def whole(config: Config) -> Request:
-    """What all actors ask for."""
-    ranks = rank_request(config).times(config.runtime.learner_ranks)
-    return ranks.plus(sampler_request(config).times(config.runtime.samplers))
 
 
 def import_ray() -> Any:

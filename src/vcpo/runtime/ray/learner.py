@@ -26,9 +26,10 @@ from vcpo import __version__
 from vcpo.config import Config
 from vcpo.errors import ConfigError, LearnerLost, VcpoError, WorkerError
 from vcpo.pipeline.ports import Begun, Outcome, Publication, StepResult
+from vcpo.pipeline.processes import rank_request
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.runtime.ray.actors import LearnerActor
-from vcpo.runtime.ray.cluster import REMEDY, needs_text, rank_request, reason_of, taken_text
+from vcpo.runtime.ray.cluster import REMEDY, needs_text, reason_of, taken_text
 from vcpo.runtime.replies import Reply, error_of
 
 POLL_SECONDS = 1.0

@@ -31,10 +31,11 @@ from vcpo.config import Config
 from vcpo.errors import SamplerLost, WorkerError
 from vcpo.pipeline.fleet import Fleet
 from vcpo.pipeline.ports import Arrivals, Publication
+from vcpo.pipeline.processes import sampler_request
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.runtime.ray.actors import SamplerActor
-from vcpo.runtime.ray.cluster import reason_of, sampler_request
+from vcpo.runtime.ray.cluster import reason_of
 from vcpo.runtime.replies import Reply, error_of
 
 log = logging.getLogger(__name__)
