@@ -320,7 +320,7 @@ class RuntimeConfig(Section):
     sampler_cpus: NonNegativeFloat = 1.0
     """ray: CPUs that each sampler asks for, with its environments."""
     sampler_gpus: NonNegativeFloat | None = None
-    """ray: GPUs that each sampler asks for; unset: 1 on cuda, 0 with sampler.urls."""
+    """ray: GPUs that each sampler asks for; unset: those of a server on cuda, 0 with sampler.urls."""
     rank_cpus: NonNegativeFloat = 1.0
     """ray: CPUs that each rank of the learner asks for."""
     rank_gpus: NonNegativeFloat | None = None

@@ -75,7 +75,9 @@ def rank_request(config: Config) -> Request:
 def sampler_request(config: Config) -> Request:
     runtime = config.runtime
     own = _on_cuda(config) and not config.sampler.urls
-    return Request(runtime.sampler_cpus, float(own) if runtime.sampler_gpus is None else runtime.sampler_gpus)
+    server = 1 + max((devices.count("+") for devices in config.sampler.devices), default=0)
+    gpus = runtime.sampler_gpus
+    return Request(runtime.sampler_cpus, float(server if own else 0) if gpus is None else gpus)
 
 
 def _on_cuda(config: Config) -> bool:

@@ -25,6 +25,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from vcpo import __version__
+from vcpo.config import Config
 from vcpo.errors import ConfigError, LearnerLost
 from vcpo.runtime.learner_worker import LearnerWorker, configured
 from vcpo.runtime.ray.network import free_port, interface_of
@@ -57,20 +58,31 @@ def settle(name: str, run_folder: Path, version: str) -> None:
     os.close(log)
 
 
+def placed(description: dict[str, Any]) -> Config:
+    """The config of the run, for an actor: Ray shows it its own GPUs alone, and so chooses them."""
+    config = configured(description)
+    on_cuda = config.model.device.startswith("cuda")
+    model = config.model.model_copy(update={"device": "cuda:0" if on_cuda else config.model.device})
+    sampler = config.sampler.model_copy(update={"devices": []})
+    return config.model_copy(update={"model": model, "sampler": sampler})
+
+
 class LearnerActor:
     """The learner, or one of its ranks. Requests are taken in turn; ``signs`` answers meanwhile."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._worker: LearnerWorker
+        self._device: str
         self._losses: list[float] = []
 
     def configure(self, config: dict[str, Any], run_folder: str, version: str) -> Reply:
         try:
             settle(self._name, Path(run_folder), version)
-            self._worker = LearnerWorker(
-                configured(config), Path(run_folder), ObjectStoreOutbox(), self._losses.append
-            )
+            here = placed(config)
+            self._device = here.model.device
+            outbox = ObjectStoreOutbox()
+            self._worker = LearnerWorker(here, Path(run_folder), outbox, self._losses.append)
         except Exception as error:
             return error_reply(error)
         return {}
@@ -83,7 +95,8 @@ class LearnerActor:
     def do(self, what: str, arguments: dict[str, Any]) -> Reply:
         try:
             if what == "begin" and arguments["ranks"] is not None:
-                arguments["ranks"] |= {"interface": interface_of(ray.util.get_node_ip_address())}
+                here = interface_of(ray.util.get_node_ip_address())
+                arguments["ranks"] |= {"interface": here, "device": self._device}
             return getattr(self._worker, what)(**arguments)
         except Exception as error:
             return error_reply(error)
@@ -124,7 +137,7 @@ class SamplerActor:
             self._version = -1
             if self._service is None:
                 settle(self._name, Path(run_folder), version)
-                self._service = await self._started(configured(config), Path(run_folder), policy, share)
+                self._service = await self._started(placed(config), Path(run_folder), policy, share)
         except Exception as error:
             return error_reply(error)
         return {"life": self._life}

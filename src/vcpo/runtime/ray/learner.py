@@ -101,8 +101,7 @@ class RayLearner:
         if len(self._actors) > 1:
             await self._all_do("prepare", {"resume": resume}, of=self._actors[:1])
             meeting = await self._actors[0].meeting.remote()
-            device = "cuda:0" if self._config.model.device.startswith("cuda") else self._config.model.device
-            common = {"size": len(self._actors), "meeting": meeting, "device": device}
+            common = {"size": len(self._actors), "meeting": meeting}
             ranks = [{"rank": rank, **common} for rank in range(len(self._actors))]
         sent = [
             actor.do.remote("begin", {"resume": resume, "ranks": place})
