@@ -26,7 +26,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, tr
 from vcpo.runtime.channel import Channel, ChannelClosed, Frame, join_records
 from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
 from vcpo.runtime.replies import error_of
+from vcpo.runtime.tasks import unless
 
 EXIT_SECONDS = 1.0
 
@@ -257,7 +258,7 @@ class _Run:
             training = asyncio.ensure_future(self._train(learner, samplers))
             stop_on_signals(lambda: stop_in_order(self._controller, training))
             try:
-                return await _unless([w.watch() for w in self._workers], training)
+                return await unless([w.watch() for w in self._workers], training)
             except asyncio.CancelledError:
                 if not training.cancelled():
                     raise
@@ -322,21 +323,6 @@ async def _meet(learner: LocalLearner, samplers: Sequence[WorkerProcess]) -> Non
         learner.meet(**place),
         *(s.request("meet", offset=o, **place) for s, o in zip(samplers, offsets, strict=False)),
     )
-
-
-async def _unless(watchers: Sequence[Coroutine[Any, Any, None]], work: asyncio.Task[Any]) -> Any:
-    """The result of ``work``, unless a watcher ends first, with an error: then ``work`` is cancelled."""
-    watching = [asyncio.ensure_future(w) for w in watchers]
-    try:
-        await asyncio.wait([work, *watching], return_when=asyncio.FIRST_COMPLETED)
-        for watcher in watching:
-            if watcher.done():
-                await watcher
-        return await work
-    finally:
-        for task in (work, *watching):
-            task.cancel()
-        await asyncio.gather(work, *watching, return_exceptions=True)
 
 
 def train_local(config: Config, run: RunFolder, progress: Progress, *, resume: bool) -> dict[str, Any]:

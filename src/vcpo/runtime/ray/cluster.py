@@ -64,7 +64,8 @@ def connected(config: Config) -> Iterator[None]:
         _connect(ray, _place_of(address), common)
     else:
         # Actors may outnumber the cores of a laptop: they take turns. GPUs cannot be made up.
-        ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(whole(config).cpus)), **common)
+        cpus = max(os.cpu_count() or 1, math.ceil(whole(config).cpus))
+        ray.init(address="local", num_cpus=cpus, **common)  # whatever RAY_ADDRESS says
     try:
         yield
     finally:

@@ -22,7 +22,8 @@ from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
 from vcpo.runtime.ray.cluster import check_room
 from vcpo.runtime.ray.learner import Places, RayLearner
 from vcpo.runtime.ray.samplers import Samplers
-from vcpo.runtime.ray.scale import wanted_samplers
+from vcpo.runtime.ray.scale import forget, wanted_samplers
+from vcpo.runtime.tasks import unless
 
 SCALE_SECONDS = 1.0
 """Between two looks at how many samplers are wanted."""
@@ -50,7 +51,7 @@ class _Run:
     async def _lives(self) -> dict[str, Any]:
         """One life of the learner after another."""
         samplers, places = Samplers(self._config, self._run, self._progress.note), Places(self._config)
-        scaling = asyncio.ensure_future(self._scale(samplers))
+        forget(self._run)
         failures, resume, reached = 0, self._resume, -1
         try:
             while True:
@@ -64,7 +65,6 @@ class _Run:
                         raise
                     self._progress.note(f"{lost}; it begins anew from the last checkpoint")
         finally:
-            scaling.cancel()
             await samplers.close()
             places.close()
 
@@ -91,7 +91,8 @@ class _Run:
                 samplers.serve(fleet, arrivals, begun.policy, on_error)
 
             session = train_session(config, self._run, parts, progress, on_controller)
-            return await _unless(failed, asyncio.ensure_future(session))
+            scaling = asyncio.ensure_future(self._scale(samplers))
+            return await unless([failed, scaling], asyncio.ensure_future(session))
         finally:
             await samplers.pause()
             learner.kill()
@@ -103,17 +104,6 @@ class _Run:
             if wanted is not None:
                 await samplers.scale(wanted)
             await asyncio.sleep(SCALE_SECONDS)
-
-
-async def _unless(failed: asyncio.Future[Any], work: asyncio.Task[Any]) -> Any:
-    """The result of ``work``, unless ``failed`` has an error first: then ``work`` is cancelled."""
-    try:
-        await asyncio.wait([work, failed], return_when=asyncio.FIRST_COMPLETED)
-        return await (failed if failed.done() else work)
-    finally:
-        work.cancel()
-        failed.cancel()
-        await asyncio.gather(work, failed, return_exceptions=True)
 
 
 def train_connected(config: Config, run: RunFolder, progress: Progress, *, resume: bool) -> dict[str, Any]:

@@ -196,6 +196,8 @@ class Samplers:
 
         self._serve = slot
         self._fleet = fleet
+        for number in [number for number in self._actors if number >= self.wanted]:
+            ray.kill(self._actors.pop(number))  # scaled down while there was no fleet to leave
         self._fill()
 
     def _fill(self) -> None:
@@ -205,7 +207,7 @@ class Samplers:
 
     async def scale(self, count: int) -> None:
         """Have ``count`` samplers. Those that go finish their groups first."""
-        if count == self.wanted:
+        if count == self.wanted or self._serve is None:  # while there is no learner: later
             return
         self._note(f"samplers: {count} in place of {self.wanted}")
         self.wanted = count
@@ -216,7 +218,9 @@ class Samplers:
     async def _retire(self, number: int) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._fleet.retire(self._name(number)), self._timeout)
-        slot = self._slots.pop(number)
+        slot = self._slots.pop(number, None)
+        if slot is None:  # the learner was lost meanwhile, and all slots with it
+            return
         slot.cancel()
         await asyncio.gather(slot, return_exceptions=True)
         await self._fleet.leave(self._name(number), "it is not wanted any more, and was not done in time")
@@ -282,7 +286,7 @@ class Samplers:
                 sampler.gone(error)
                 self._actors[number] = self._actor_class.remote(sampler.name)
                 return False
-        share = (number % max(len(self._config.sampler.urls), 1), self._config.runtime.samplers)
+        share = (number, self._config.runtime.samplers)
         description = self._config.model_dump(mode="json")
         beginning = asyncio.ensure_future(
             sampler.begin(description, str(self._run.path), __version__, policy, share)

@@ -20,6 +20,11 @@ def wanted_samplers(run: RunFolder) -> int | None:
         return None
 
 
+def forget(run: RunFolder) -> None:
+    """A job begins with the number of its config."""
+    (run.path / FILE).unlink(missing_ok=True)
+
+
 def scale(path: Path, samplers: int) -> None:
     """Ask a running job for so many samplers. Raises ConfigError if it is none that can."""
     run = RunFolder.open(path)
@@ -27,6 +32,10 @@ def scale(path: Path, samplers: int) -> None:
     if config.runtime.kind != "ray":
         raise ConfigError(
             f"{path} runs with runtime.kind = {config.runtime.kind!r}: only a ray run can be scaled"
+        )
+    if config.sampler.urls:
+        raise ConfigError(
+            f"{path} shares out the servers of sampler.urls: their number is that of the config"
         )
     if run.read_json("summary") is not None:
         raise ConfigError(f"{path} has ended: resume it with --runtime.samplers {samplers}")
