@@ -127,6 +127,7 @@ class Load:
             "pipeline.lag": self.in_flight // self.prompts - 1,
             "pipeline.window": self.in_flight,
             "pipeline.steps": 10**6,
+            "evaluation.every": 0,
             "sampler.slots": self.slots,
             "runtime.kind": "ray",
             "runtime.samplers": self.samplers,

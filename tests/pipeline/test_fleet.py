@@ -295,3 +295,38 @@ def test_a_silent_sampler_is_given_nothing_more() -> None:
         assert len(silent.groups) == 2
 
     go(work())
+
+
+def test_who_retires_finishes_what_it_has_and_gets_nothing_more() -> None:
+    async def work() -> None:
+        first, second = Port("first"), Port("second")
+        fleet = fleet_of(first, second)
+        await fleet.order(orders(0, 4))
+        retiring = asyncio.ensure_future(fleet.retire("second"))
+        await asyncio.sleep(0)
+        await fleet.order(orders(4, 2))
+        assert (first.groups, second.groups) == ([0, 2, 4, 5], [1, 3])
+        assert fleet.finished(1, 10)
+        await asyncio.sleep(0.15)
+        assert not retiring.done() and set(fleet.members) == {"first", "second"}
+        assert fleet.finished(3, 10)
+        await retiring
+        assert set(fleet.members) == {"first"}
+        assert not fleet.finished(3, 10)
+        await fleet.retire("nobody")
+
+    go(work())
+
+
+def test_what_a_retiring_sampler_had_is_played_by_others_if_it_dies() -> None:
+    async def work() -> None:
+        first, second = Port("first"), Port("second")
+        fleet = fleet_of(first, second)
+        await fleet.order(orders(0, 4))
+        retiring = asyncio.ensure_future(fleet.retire("second"))
+        await asyncio.sleep(0)
+        await fleet.leave("second", "it died")
+        await retiring
+        assert first.groups == [0, 2, 1, 3]
+
+    go(work())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from vcpo.config import Config
 from vcpo.errors import ConfigError
@@ -16,10 +17,19 @@ def check_processes(config: Config) -> None:
             f"runtime.learner_ranks = {runtime.learner_ranks} needs pipeline.mode = 'async': the "
             "exact mode runs in one process"
         )
+    if runtime.learner_ranks > 1:
+        _check_torch()
     if runtime.kind == "ray":
         _check_ray(config)
     elif runtime.address:
         raise ConfigError(f"runtime.address = {runtime.address!r} is for runtime.kind = 'ray'")
+
+
+def _check_torch() -> None:
+    """Checkpoints of several ranks are safetensors, which torch writes since 2.8."""
+    found = version("torch")
+    if tuple(int(part) for part in found.split(".")[:2]) < (2, 8):
+        raise ConfigError(f"runtime.learner_ranks > 1 needs torch 2.8 or newer, and {found} is installed")
 
 
 def _check_ray(config: Config) -> None:
