@@ -110,6 +110,7 @@ def test_a_dump_has_every_field_and_marks_the_unset_ones() -> None:
     of_algorithm = "level clip_low clip_high baseline margin normalise aggregation constant_length step_scale"
     unset = {f"algorithm.{name}" for name in [*of_algorithm.split(), "ess_weights"]}
     unset |= {"sampler.probe_tolerance", "learner.critic_learning_rate", "pipeline.dynamic_sampling"}
+    unset |= {"runtime.sampler_gpus", "runtime.rank_gpus"}
     assert set(SETTINGS) - written == unset
     assert all(f"# {name.partition('.')[2]} is unset" in text for name in unset)
 
