@@ -153,6 +153,7 @@ class Measured:
 
 async def drive(load: Load, config: Config, lasting: float) -> Measured:
     """Run the controller for so many seconds after the warm-up."""
+    from vcpo.runtime.ray.delivery import ByObjectStore
     from vcpo.runtime.ray.samplers import Samplers
 
     run, learner, watch = RunFolder.create(config), Stub(), Watch()
@@ -162,7 +163,7 @@ async def drive(load: Load, config: Config, lasting: float) -> Measured:
     parts = Parts(learner, fleet, arrivals, begun, learner.publication(), time.perf_counter())
     with MetricsWriter(run.path) as writer:
         controller = make_controller(config, run, parts, writer, SilentProgress())
-        samplers.serve(fleet, arrivals, begun.policy, controller.fail)
+        samplers.serve(fleet, arrivals, begun.policy, ByObjectStore(), controller.fail)
         work = [asyncio.ensure_future(controller.collect())]
         try:
             await controller.publish_initial(parts.initial)

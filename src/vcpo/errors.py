@@ -60,6 +60,10 @@ class SamplerLost(WorkerError):
     """A sampler that is gone and that the run can do without: others do what it had to do."""
 
 
+class EngineLost(WorkerError):
+    """The servers of a sampler are all gone: the sampler can do nothing until it is started anew."""
+
+
 class LearnerLost(WorkerError):
     """A learner, or one of its ranks, that is gone: the run goes on from its last checkpoint, if it may."""
 

@@ -112,6 +112,11 @@ def announced_weights(entries: Iterable[tuple[str, str, list[int]]]) -> dict[str
     }
 
 
+def is_announced(weights: Weights) -> bool:
+    """Whether the numbers are still to come."""
+    return any(tensor.is_meta for tensor in weights.values())
+
+
 ADAPTER = "default"
 """PEFT's name of a lone adapter; part of the names of its tensors in a model, and not in its file."""
 

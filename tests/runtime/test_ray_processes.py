@@ -126,7 +126,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 def test_ctrl_c_ends_a_run_in_order_and_leaves_nothing(tmp_path: Path) -> None:
     """Meanwhile nobody but this machine can reach its ports."""
-    driver, run = start(config_of(tmp_path, pipeline__steps=100000))
+    driver, run = start(config_of(tmp_path, pipeline__steps=100000, sampler__transfer="collective"))
     try:
         wait_until(lambda: steps_of(run) >= 3)
         addresses = listening(processes_of(run))
@@ -152,8 +152,9 @@ def test_a_driver_that_is_killed_takes_its_ray_with_it(tmp_path: Path) -> None:
     wait_until(lambda: not processes_of(run))
 
 
-def test_a_run_survives_the_death_of_a_sampler_and_of_a_rank(tmp_path: Path) -> None:
-    driver, run = start(config_of(tmp_path, pipeline__steps=120))
+@pytest.mark.parametrize("transfer", ["files", "collective"])
+def test_a_run_survives_the_death_of_a_sampler_and_of_a_rank(transfer: str, tmp_path: Path) -> None:
+    driver, run = start(config_of(tmp_path, pipeline__steps=120, sampler__transfer=transfer))
     try:
         for steps, kind in ((5, "SamplerActor"), (20, "LearnerActor")):
             wait_until(lambda steps=steps: steps_of(run) >= steps)

@@ -123,6 +123,20 @@ def test_lag_zero_in_processes_is_the_exact_run_to_the_bit(tmp_path: Path) -> No
     assert any(row["grad_norm"] > 0 for row in read_metrics(exact))
 
 
+def test_a_broadcast_brings_what_a_file_brings(tmp_path: Path) -> None:
+    """At lag 0 to the bit. With a lag the learner is soon asked for the next step: each sampler's checksum
+    says that what it got is what the learner had before that step, also when nothing is left to order."""
+    for name, transfer in (("files", "files"), ("broadcast", "collective")):
+        assert train(config_of(tmp_path, name, pipeline__lag=0, sampler__transfer=transfer))["completed"]
+    assert weights_of(tmp_path / "files") == weights_of(tmp_path / "broadcast")
+    several = {"runtime__samplers": 2, "pipeline__lag": 2, "pipeline__steps": 20}
+    assert train(config_of(tmp_path, "several", sampler__transfer="collective", **several))["completed"]
+    assert {name for row in read_metrics(tmp_path / "several") for name in row["samplers"]} == {
+        "sampler-0",
+        "sampler-1",
+    }
+
+
 def test_two_ranks_train_as_one_and_go_on_as_one(tmp_path: Path) -> None:
     """With lag 0 nothing depends on timing; a rank's sums are rounded otherwise than one process's."""
     for name, ranks in (("one", 1), ("two", 2)):

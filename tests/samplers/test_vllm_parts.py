@@ -106,13 +106,12 @@ def test_settings_for_a_cpu_give_way_to_the_environments(monkeypatch: pytest.Mon
         ),
         (
             {"sampler": {"transfer": "collective"}, "lora": {"rank": 4}},
-            "needs pipeline.mode = 'async' and lora",
+            "needs lora.rank = 0 with vLLM",
         ),
         (
             {"sampler": {"transfer": "collective"}, "pipeline": {"mode": "exact"}},
             "needs pipeline.mode = 'async'",
         ),
-        ({"sampler": {"transfer": "collective", "kind": "local"}}, "is for vLLM servers"),
         (
             {"sampler": {"urls": ["http://a:1"], "transfer": "collective"}},
             "'collective' reaches servers of this machine, and sampler.urls has 'http://a:1'",

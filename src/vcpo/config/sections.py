@@ -226,8 +226,8 @@ class SamplerConfig(Section):
     options: list[str] = []
     """More options for the vLLM servers that are started, such as --gpu-memory-utilization=0.8."""
     transfer: Literal["files", "collective"] = "files"
-    """How weights reach vLLM servers: safetensors files (in shared memory where they fit), or a broadcast
-    (NCCL between GPUs, gloo between CPUs)."""
+    """How weights reach the samplers: safetensors files (in shared memory where they fit; under ray, Ray's
+    object store), or a broadcast (NCCL between GPUs, each of its own; gloo between CPUs)."""
     probe_tolerance: PositiveFloat | None = None
     """The largest mean difference, in nats, between log-probs of a server and of the learner after an update;
     unset: 0.01 in float32, 0.1 in bfloat16, 0.5 quantized."""

@@ -62,7 +62,8 @@ def local_engine(config: Config, policy: str | Policy, share: Share) -> tuple[Sp
     else:
         replica = load_policy(policy, for_sampling(config.model))
         replica = with_adapters(replica, config.lora, config.run.seed)
-    return replica, LocalSampler(replica.model, replica.context_length, config.sampler)
+    timeout = config.runtime.timeout_seconds
+    return replica, LocalSampler(replica.model, replica.context_length, config.sampler, timeout)
 
 
 def vllm_engine(config: Config, policy: str | Policy, share: Share) -> tuple[Speaker, Sampler]:
@@ -86,18 +87,18 @@ def vllm_engine(config: Config, policy: str | Policy, share: Share) -> tuple[Spe
 def check_engine(config: Config) -> None:
     """Raise ConfigError for settings of a run that do not go together, before anything is loaded."""
     sampler, samplers = config.sampler, config.runtime.samplers
+    if sampler.transfer == "collective" and config.pipeline.mode == "exact":
+        raise ConfigError(
+            "sampler.transfer = 'collective' needs pipeline.mode = 'async': the exact mode has one process"
+        )
     if sampler.kind != "vllm":
-        if sampler.transfer != "files":
-            raise ConfigError(
-                "sampler.transfer = 'collective' is for vLLM servers: set sampler.kind = 'vllm'"
-            )
         return
     import vcpo.samplers.vllm.server  # noqa: F401  raises if the extra is not installed
     from vcpo.samplers.vllm.process import check_quantization
 
     check_quantization(sampler.quantization)
     for url in sampler.urls:
-        _check_url(url, sampler.transfer)
+        _check_url(url, of_this_machine=sampler.transfer == "collective" and config.runtime.kind == "local")
     own_servers = samplers if config.runtime.kind == "ray" else sampler.servers
     servers = len(sampler.urls) or own_servers
     if config.pipeline.mode == "async" and samplers > servers:
@@ -105,14 +106,13 @@ def check_engine(config: Config) -> None:
         raise ConfigError(
             f"runtime.samplers = {samplers} share out vLLM servers, and {source} {servers}: lower the first"
         )
-    if sampler.transfer == "collective" and (config.pipeline.mode == "exact" or config.lora.rank):
+    if sampler.transfer == "collective" and config.lora.rank:
         raise ConfigError(
-            "sampler.transfer = 'collective' needs pipeline.mode = 'async' and lora.rank = 0 (adapters are "
-            "small: files carry them)"
+            "sampler.transfer = 'collective' needs lora.rank = 0 with vLLM, which reads adapters from files"
         )
 
 
-def _check_url(url: str, transfer: str) -> None:
+def _check_url(url: str, *, of_this_machine: bool) -> None:
     try:
         parts = urlsplit(url)
         host = parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
@@ -120,7 +120,7 @@ def _check_url(url: str, transfer: str) -> None:
         host = None
     if not host:
         raise ConfigError(f"sampler.urls has {url!r}, which is no address: write http://HOST:PORT")
-    if transfer == "collective" and host not in LOOPBACK:
+    if of_this_machine and host not in LOOPBACK:
         raise ConfigError(
             f"sampler.transfer = 'collective' reaches servers of this machine, and sampler.urls has {url!r}: "
             "write http://127.0.0.1:PORT, or let files carry the weights (runtime.weights_folder)"

@@ -43,11 +43,6 @@ def _check_ray(config: Config) -> None:
             f"runtime.address = {runtime.address!r} is of Ray Client, which cannot hold a run: start the "
             "command on a machine of the cluster with runtime.address = 'auto', or ray job submit it there"
         )
-    if sampler.kind == "vllm" and sampler.transfer == "collective":
-        raise ConfigError(
-            "sampler.transfer = 'collective' needs runtime.kind = 'local': under ray weights go through the "
-            "object store"
-        )
     if sampler.kind == "vllm" and not sampler.urls and sampler.servers > 1:
         raise ConfigError(
             f"sampler.servers = {sampler.servers}, and under ray every sampler has one vLLM server: set "

@@ -197,15 +197,11 @@ class RolloutService:
 
     async def ranks(self) -> int:
         """How many ranks of a broadcast the engine's workers take."""
-        return sum(await self._broadcast_engine.ranks())
+        return sum(await self._sampler.ranks())
 
     async def meet(self, address: str, port: int, offset: int, world_size: int) -> None:
         """Join the learner's broadcast."""
-        await self._broadcast_engine.meet(address, port, offset, world_size)
-
-    @property
-    def _broadcast_engine(self) -> Any:
-        return self._sampler  # only vLLM's is asked: see vcpo.pipeline.engines.check_engine
+        await self._sampler.meet(address, port, offset, world_size)
 
     async def publish(self, version: int, weights: Weights, probe: Probe | None = None) -> str:
         return await self._sampler.update(version, weights, probe)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +26,10 @@ def configured(description: dict[str, Any]) -> Config:
 
 
 def meet_ranks(place: dict[str, Any], config: Config) -> Ranks:
-    """Join the other ranks of the learner: ``rank`` of ``size``, at ``meeting``, by way of the network
-    ``interface``; on ``device``, or the one that the config gives this rank."""
+    """Join the other ranks of the learner: ``rank`` of ``size``, at ``meeting``; on ``device``, or on the one
+    that the config gives this rank."""
     from vcpo.learner.ranks import device_of, join
 
-    if sys.platform == "linux" and place["interface"]:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", place["interface"])
     rank, timeout = place["rank"], config.runtime.timeout_seconds
     device = place["device"] or device_of(rank, config.model.device)
     return join(rank, place["size"], place["meeting"], device, timeout)
@@ -63,11 +59,11 @@ class LearnerWorker:
             self._first = ranks["rank"] == 0
             together = {"ranks": meet_ranks(ranks, self._config)}
         begun = self._service.begin(resume=resume, listener=self._on_loss, **together)
-        return {"begun": vars(begun), "publication": self._publication()}
+        return {"begun": vars(begun), "publication": self.publication(self._outbox)}
 
     def step(self, records: Sequence[bytes], skipped: Sequence[tuple[int, float]]) -> Reply:
         metrics = self._service.step(records, [(problem, reward) for problem, reward in skipped])
-        return {"metrics": metrics, "publication": self._publication()}
+        return {"metrics": metrics, "publication": self.publication(self._outbox)}
 
     def choose(self, numbers: Sequence[int]) -> Reply:
         return {"problems": self._service.choose(numbers)}
@@ -91,13 +87,13 @@ class LearnerWorker:
     def close(self) -> None:
         self._outbox.close()
 
-    def _publication(self) -> Reply:
+    def publication(self, outbox: Outbox) -> Reply:
         """Put the current weights where the samplers can take them; the first of several ranks does so."""
         version, weights, checksum = self._service.weights()
         probe = self._service.probe()
         return {
             "version": version,
             "checksum": checksum,
-            "source": self._outbox.put(version, weights) if self._first else None,
+            "source": outbox.put(version, weights) if self._first else None,
             "probe": None if probe is None else vars(probe),
         }

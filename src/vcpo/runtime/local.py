@@ -69,6 +69,8 @@ class WorkerProcess:
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{name}.log"
         environment = os.environ | {"OMP_NUM_THREADS": str(config.runtime.threads), "PYTHONUNBUFFERED": "1"}
+        if sys.platform == "linux":
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "vcpo.runtime.worker", role, str(theirs.fileno()),
@@ -159,7 +161,7 @@ class LocalLearner:
         if size == 1:
             return (await first.request("begin", resume=resume, ranks=None))[0]
         await first.request("prepare", resume=resume)
-        common = {"size": size, "meeting": f"file://{meeting}", "interface": "lo", "device": ""}
+        common = {"size": size, "meeting": f"file://{meeting}", "device": ""}
         requests = (
             worker.request("begin", resume=resume, ranks={"rank": rank, **common})
             for rank, worker in enumerate(self._workers)
@@ -178,7 +180,8 @@ class LocalLearner:
     def send(self, publication: Publication) -> Awaitable[object]:
         if isinstance(publication.source, str):  # a file, which is there already
             return asyncio.sleep(0)
-        return asyncio.ensure_future(self._request("broadcast"))
+        # Sent before anything else can be asked of them: a step would change the weights.
+        return asyncio.gather(*(worker.request("broadcast") for worker in self._workers))
 
     async def choose(self, numbers: Sequence[int]) -> list[int]:
         return (await self._request("choose", numbers=list(numbers)))["problems"]

@@ -68,7 +68,10 @@ class FileOutbox:
 
 
 class BroadcastOutbox:
-    """A broadcast to all workers of all engines: NCCL between GPUs, gloo between CPUs."""
+    """A broadcast to all workers of all engines: NCCL between GPUs, gloo between CPUs.
+
+    Who has failed leaves the group, so that the others notice; :meth:`meet` makes another one.
+    """
 
     def __init__(self, config: Config) -> None:
         self._device, self._timeout = config.model.device, config.runtime.timeout_seconds
@@ -85,13 +88,17 @@ class BroadcastOutbox:
         """Wait for all engines to join."""
         from vcpo.samplers.vllm.inside.vcpo_rendezvous import WeightGroup
 
-        kind = self._device.partition(":")[0]
+        self._group, kind = None, self._device.partition(":")[0]
         self._group = WeightGroup(address, port, 0, world_size, kind, self._timeout)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for _, tensor in tensors:  # of several ranks all gather, and the first sends
-            if self._group is not None:
-                self._group.broadcast(tensor.contiguous())
+        try:
+            for _, tensor in tensors:  # of several ranks all gather, and the first sends
+                if self._group is not None:
+                    self._group.broadcast(tensor.contiguous())
+        except RuntimeError:
+            self.close()
+            raise
 
     def close(self) -> None:
-        pass
+        self._group = None

@@ -48,9 +48,10 @@ from vcpo.errors import (
 from vcpo.samplers.cache import SlotCache
 from vcpo.samplers.protocol import Completion, check_request
 from vcpo.samplers.random import uniforms
+from vcpo.samplers.receiver import Receiver
 from vcpo.samplers.rounding import Rounding
 from vcpo.samplers.shaping import draw, sampled_log_probs
-from vcpo.weights import Probe, Weights, checksum, load_weights, weight_tensors
+from vcpo.weights import Probe, Weights, checksum, is_announced, load_weights, weight_tensors
 
 SHARED_PREFILL = 4
 """Shortest feed for which looking for equal prompts pays."""
@@ -96,8 +97,13 @@ class LocalSampler:
     model's weights are rounded in place where the settings ask for it (:mod:`vcpo.samplers.rounding`)."""
 
     def __init__(
-        self, model: PreTrainedModel, context_length: int, config: SamplerConfig | None = None
+        self,
+        model: PreTrainedModel,
+        context_length: int,
+        config: SamplerConfig | None = None,
+        timeout_seconds: float = 600.0,
     ) -> None:
+        """``timeout_seconds``: how long a broadcast of weights may take."""
         self._model = model.eval()
         self._config = config or SamplerConfig()
         self._context_length = context_length
@@ -108,6 +114,7 @@ class LocalSampler:
         self._last_logits_only = {"logits_to_keep": 1} if takes_keep else {}
         layers = model.config.get_text_config().num_hidden_layers
         self._cache = SlotCache(layers, context_length, model.device)
+        self._receiver = Receiver(model.device, timeout_seconds)
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
         self._version = 0
         self._sessions: dict[int, _Session] = {}
@@ -176,7 +183,15 @@ class LocalSampler:
             self._give_back(owner)
         self._check_drained()
 
+    async def ranks(self) -> list[int]:
+        return [1]
+
+    async def meet(self, address: str, port: int, offset: int, world_size: int) -> None:
+        await self._receiver.meet(address, port, offset, world_size)
+
     async def update(self, version: int, weights: Weights, probe: Probe | None = None) -> str:
+        if is_announced(weights):
+            weights = await self._receiver.receive(weights)
         if self._config.update == "drain":
             await self._drain()
         load_weights(self._model, weights, self._rounding)

@@ -75,6 +75,15 @@ class Sampler(Completer, Protocol):
         """
         ...
 
+    async def ranks(self) -> list[int]:
+        """How many ranks of the learner's broadcast its processes take."""
+        ...
+
+    async def meet(self, address: str, port: int, offset: int, world_size: int) -> None:
+        """Join the learner's broadcast, as ranks from ``offset`` on; an earlier one is left. From then on
+        weights may be announced (:func:`vcpo.weights.announced_weights`): they come by the broadcast."""
+        ...
+
     @property
     def busy_seconds(self) -> float:
         """Time spent generating since the beginning."""

@@ -57,6 +57,10 @@ def trouble(here: str) -> str:
             from vcpo.errors import NonFiniteError
 
             raise NonFiniteError("logits", 5, "policy version 0 is broken")
+        case "EngineLost":
+            from vcpo.errors import EngineLost
+
+            raise EngineLost("vLLM server 0 is gone; no other vLLM server is left")
         case "RuntimeError":
             raise RuntimeError("out of luck")
     return what

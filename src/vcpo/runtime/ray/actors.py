@@ -28,13 +28,14 @@ from vcpo import __version__
 from vcpo.config import Config
 from vcpo.errors import ConfigError, LearnerLost
 from vcpo.runtime.learner_worker import LearnerWorker, configured
+from vcpo.runtime.outbox import BroadcastOutbox
 from vcpo.runtime.ray.network import free_port, interface_of
-from vcpo.runtime.ray.weights import ObjectStoreOutbox, Source, fetched
+from vcpo.runtime.ray.weights import Announcement, ObjectStoreOutbox, Source, arriving
 from vcpo.runtime.replies import Reply, error_reply
 
 
 def settle(name: str, run_folder: Path, version: str) -> None:
-    """Write what this process prints to the run's logs.
+    """Write what this process prints to the run's logs; let gloo listen where Ray does.
 
     Raises ConfigError if this machine does not see the run's folder, or has another vcpo.
     """
@@ -49,6 +50,8 @@ def settle(name: str, run_folder: Path, version: str) -> None:
             f"{name} is on {here}, where {run_folder} is not to be seen: set run.folder to a folder that all "
             "machines of the cluster share"
         )
+    if sys.platform == "linux" and (interface := interface_of(here)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     logs = run_folder / "logs"
     logs.mkdir(exist_ok=True)
     log = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -75,34 +78,42 @@ class LearnerActor:
         self._worker: LearnerWorker
         self._device: str
         self._losses: list[float] = []
+        self._store = ObjectStoreOutbox()
 
     def configure(self, config: dict[str, Any], run_folder: str, version: str) -> Reply:
         try:
             settle(self._name, Path(run_folder), version)
             here = placed(config)
             self._device = here.model.device
-            outbox = ObjectStoreOutbox()
+            collective = here.sampler.transfer == "collective"
+            outbox = BroadcastOutbox(here) if collective else self._store
             self._worker = LearnerWorker(here, Path(run_folder), outbox, self._losses.append)
         except Exception as error:
             return error_reply(error)
         return {}
 
-    def meeting(self) -> str:
-        """Where the other ranks may meet this one."""
+    def place(self) -> Reply:
+        """Address and port where others may meet this one."""
         here = ray.util.get_node_ip_address()
-        return f"tcp://{here}:{free_port(here)}"
+        return {"place": (here, free_port(here))}
 
     def do(self, what: str, arguments: dict[str, Any]) -> Reply:
         try:
             if what == "begin" and arguments["ranks"] is not None:
-                here = interface_of(ray.util.get_node_ip_address())
-                arguments["ranks"] |= {"interface": here, "device": self._device}
+                arguments["ranks"]["device"] = self._device
             return getattr(self._worker, what)(**arguments)
         except Exception as error:
             return error_reply(error)
 
     def step(self, records: Sequence[bytes], skipped: Sequence[tuple[int, float]]) -> Reply:
         return self.do("step", {"records": records, "skipped": skipped})
+
+    def offer(self) -> Reply:
+        """The weights of now, in the object store."""
+        try:
+            return {"publication": self._worker.publication(self._store)}
+        except Exception as error:
+            return error_reply(error)
 
     @ray.method(concurrency_group="signs")
     def signs(self, heard: int) -> list[float]:
@@ -158,12 +169,29 @@ class SamplerActor:
 
         return RolloutService(config, share)
 
-    async def publish(self, version: int, source: Source, probe: dict[str, Any] | None) -> Reply:
+    async def ranks(self) -> Reply:
+        """How many ranks of a broadcast its engine's workers take."""
+        try:
+            return {"ranks": await self._service.ranks()}
+        except Exception as error:
+            return error_reply(error)
+
+    async def meet(self, address: str, port: int, offset: int, world_size: int) -> Reply:
+        """Join the learner's broadcast."""
+        try:
+            await self._service.meet(address, port, offset, world_size)
+        except Exception as error:
+            return error_reply(error)
+        return {}
+
+    async def publish(
+        self, version: int, source: Source | Announcement, probe: dict[str, Any] | None
+    ) -> Reply:
         from vcpo.weights import Probe
 
         try:
             async with self._updating:
-                weights = await fetched(source)
+                weights = await arriving(source)
                 said = None if probe is None else Probe(**probe)
                 checksum = await self._service.publish(version, weights, said)
                 async with self._served:

@@ -30,6 +30,7 @@ from vcpo.pipeline.processes import rank_request
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.runtime.ray.actors import LearnerActor
 from vcpo.runtime.ray.cluster import REMEDY, needs_text, reason_of, taken_text
+from vcpo.runtime.ray.delivery import delivery_for
 from vcpo.runtime.replies import Reply, error_of
 
 POLL_SECONDS = 1.0
@@ -72,9 +73,16 @@ class RayLearner:
     """One life of the learner: if one of its ranks dies, all begin anew."""
 
     def __init__(
-        self, config: Config, run: RunFolder, places: Places, on_loss: Callable[[float], None]
+        self,
+        config: Config,
+        run: RunFolder,
+        places: Places,
+        on_loss: Callable[[float], None],
+        note: Callable[[str], None],
     ) -> None:
         self._config, self._run, self._on_loss = config, run, on_loss
+        self.delivery = delivery_for(config, self, note)
+        """How its weights reach the samplers."""
         request, count = rank_request(config), config.runtime.learner_ranks
         self._names = [f"learner-{rank}" for rank in range(count)] if count > 1 else ["learner"]
         remote: Any = ray.remote
@@ -100,8 +108,8 @@ class RayLearner:
         ranks: list[dict[str, Any] | None] = [None]
         if len(self._actors) > 1:
             await self._all_do("prepare", {"resume": resume}, of=self._actors[:1])
-            meeting = await self._actors[0].meeting.remote()
-            common = {"size": len(self._actors), "meeting": meeting}
+            address, port = await self.place()
+            common = {"size": len(self._actors), "meeting": f"tcp://{address}:{port}"}
             ranks = [{"rank": rank, **common} for rank in range(len(self._actors))]
         sent = [
             actor.do.remote("begin", {"resume": resume, "ranks": place})
@@ -111,12 +119,30 @@ class RayLearner:
         return Begun(**reply["begun"]), Publication(**reply["publication"])
 
     async def step(self, records: Sequence[bytes], skipped: Sequence[Outcome] = ()) -> StepResult:
+        await self.delivery.sent()
         shared = ray.put(list(records))  # once, however many ranks there are
         reply = await self._all("step", shared, list(skipped))
         return StepResult(reply["metrics"], Publication(**reply["publication"]))
 
     def send(self, publication: Publication) -> Awaitable[object]:
-        return asyncio.sleep(0)  # samplers fetch the objects themselves
+        return self.delivery.send(publication)
+
+    async def place(self) -> tuple[str, int]:
+        first = asyncio.ensure_future(self._answer(self._names[0], self._actors[0].place.remote()))
+        await self._patiently("place", [first])
+        address, port = first.result()["place"]
+        return address, port
+
+    async def meet(self, *, address: str, port: int, world_size: int) -> None:
+        """Join the broadcast of weights to engines, as its sender."""
+        place = {"address": address, "port": port, "world_size": world_size}
+        await self._all_do("meet", place, of=self._actors[:1])
+
+    async def broadcast(self) -> None:
+        await self._all_do("broadcast", {})
+
+    async def offer(self) -> Publication:
+        return Publication(**(await self._all("offer"))["publication"])
 
     async def choose(self, numbers: Sequence[int]) -> list[int]:
         return (await self._all_do("choose", {"numbers": list(numbers)}))["problems"]

@@ -73,7 +73,8 @@ class _Run:
         self._controller = None
         progress.phase("loading", None)
         await places.ready()
-        learner = RayLearner(config, self._run, places, WarmStartPhase(progress, config.warm_start.steps))
+        warming = WarmStartPhase(progress, config.warm_start.steps)
+        learner = RayLearner(config, self._run, places, warming, progress.note)
         try:
             begun, initial = await learner.begin(resume)
             arrivals: Arrivals = asyncio.Queue()
@@ -88,7 +89,7 @@ class _Run:
 
             def on_controller(controller: Controller) -> None:
                 self._controller = controller
-                samplers.serve(fleet, arrivals, begun.policy, on_error)
+                samplers.serve(fleet, arrivals, begun.policy, learner.delivery, on_error)
 
             session = train_session(config, self._run, parts, progress, on_controller)
             scaling = asyncio.ensure_future(self._scale(samplers))

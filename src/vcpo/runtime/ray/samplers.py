@@ -28,7 +28,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from vcpo import __version__
 from vcpo.config import Config
-from vcpo.errors import SamplerLost, WorkerError
+from vcpo.errors import EngineLost, SamplerLost, WorkerError
 from vcpo.pipeline.fleet import Fleet
 from vcpo.pipeline.ports import Arrivals, Publication
 from vcpo.pipeline.processes import sampler_request
@@ -36,6 +36,7 @@ from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.runtime.ray.actors import SamplerActor
 from vcpo.runtime.ray.cluster import reason_of
+from vcpo.runtime.ray.delivery import Delivery
 from vcpo.runtime.replies import Reply, error_of
 
 log = logging.getLogger(__name__)
@@ -57,10 +58,12 @@ class RaySampler:
         name: str,
         actor: Any,
         arrivals: Arrivals,
+        delivery: Delivery,
         log_path: object,
         on_error: Callable[[Exception], None],
     ) -> None:
         self._name, self._actor, self._arrivals, self._log = name, actor, arrivals, log_path
+        self._delivery = delivery
         self._on_error = on_error
         self._busy = 0.0
         self._waiting = 0
@@ -83,11 +86,20 @@ class RaySampler:
         await self._call("begin", *settings)
 
     def publish(self, publication: Publication) -> Awaitable[str]:
+        return self._delivery.to(self, publication)
+
+    def take(self, publication: Publication) -> asyncio.Future[str]:
         sent = self._call("publish", publication.version, publication.source, publication.probe)
         return asyncio.ensure_future(self._checksum(sent))
 
     async def _checksum(self, sent: Awaitable[Reply]) -> str:
         return (await sent)["checksum"]
+
+    async def ranks(self) -> int:
+        return (await self._call("ranks"))["ranks"]
+
+    async def meet(self, *, address: str, port: int, offset: int, world_size: int) -> None:
+        await self._call("meet", address, port, offset, world_size)
 
     async def order(self, orders: Sequence[GroupOrder]) -> None:
         if self.lost.done():
@@ -126,9 +138,13 @@ class RaySampler:
             raise SamplerLost(f"{self._name} {self.lost.result()}") from None
         finally:
             self._waiting -= 1
-        if "error" in reply:
-            raise error_of(reply, self._name, self._log)
-        return reply
+        if "error" not in reply:
+            return reply
+        error = error_of(reply, self._name, self._log)
+        if not isinstance(error, EngineLost):
+            raise error
+        self.kill(f"it has no engine any more: {error}")
+        raise SamplerLost(f"{self._name} {self.lost.result()}")
 
     def gone(self, why: object) -> None:
         if not self.lost.done():
@@ -153,8 +169,9 @@ class RaySampler:
 
     def kill(self, why: str) -> None:
         """Have Ray restart the actor."""
-        self.gone(why)
-        ray.kill(self._actor, no_restart=False)
+        if not self.lost.done():
+            self.gone(why)
+            ray.kill(self._actor, no_restart=False)
 
     def drop(self) -> None:
         """Wait for nothing any more."""
@@ -184,13 +201,18 @@ class Samplers:
         self.wanted = config.runtime.samplers
 
     def serve(
-        self, fleet: Fleet, arrivals: Arrivals, policy: str, on_error: Callable[[Exception], None]
+        self,
+        fleet: Fleet,
+        arrivals: Arrivals,
+        policy: str,
+        delivery: Delivery,
+        on_error: Callable[[Exception], None],
     ) -> None:
         """Join ``fleet`` with all samplers, as they are ready."""
 
         async def slot(number: int) -> None:
             try:
-                await self._slot(number, fleet, arrivals, policy, on_error)
+                await self._slot(number, fleet, arrivals, policy, delivery, on_error)
             except Exception as error:
                 on_error(error)
 
@@ -249,6 +271,7 @@ class Samplers:
         fleet: Fleet,
         arrivals: Arrivals,
         policy: str,
+        delivery: Delivery,
         on_error: Callable[[Exception], None],
     ) -> None:
         """One life of the sampler after another."""
@@ -259,7 +282,7 @@ class Samplers:
         failures = 0
         while True:
             actor = self._actors[number]
-            sampler = RaySampler(name, actor, arrivals, log_path, on_error)
+            sampler = RaySampler(name, actor, arrivals, delivery, log_path, on_error)
             try:
                 if await self._begun(sampler, actor, number, policy):
                     await self._live(sampler, fleet)

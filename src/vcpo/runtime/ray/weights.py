@@ -7,7 +7,7 @@ read it where it lies, without a copy.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,8 +19,11 @@ if TYPE_CHECKING:  # the controller, which imports this too, needs no tensor
     import numpy as np
     from torch import Tensor
 
-Source = list[tuple[str, str, list[int], Any]]
-"""(name, number type, shape, reference to the bytes) of each tensor."""
+Entry = tuple[str, str, list[int], Any]
+"""(name, number type, shape, reference to the bytes) of a tensor."""
+Source = list[Entry]
+Announcement = list[tuple[str, str, list[int]]]
+"""(name, number type, shape) of each tensor."""
 
 
 class ObjectStoreOutbox:
@@ -62,7 +65,7 @@ def _put(name: str, tensor: Tensor) -> tuple[str, str, list[int], Any]:
 class ObjectWeights(Mapping[str, "Tensor"]):
     """Tensors over bytes that are not copied, and must not be written to."""
 
-    def __init__(self, source: Source, arrays: list[np.ndarray]) -> None:
+    def __init__(self, source: Sequence[Entry], arrays: list[np.ndarray]) -> None:
         self._entries = {
             name: (dtype, shape, array) for (name, dtype, shape, _), array in zip(source, arrays, strict=True)
         }
@@ -84,5 +87,11 @@ class ObjectWeights(Mapping[str, "Tensor"]):
         return len(self._entries)
 
 
-async def fetched(source: Source) -> ObjectWeights:
-    return ObjectWeights(source, [await reference for *_, reference in source])
+async def arriving(source: Source | Announcement) -> Mapping[str, Tensor]:
+    """The tensors; of those that a broadcast will bring, all but the numbers."""
+    stored = [entry for entry in source if len(entry) == 4]
+    if stored:
+        return ObjectWeights(stored, [await reference for *_, reference in stored])
+    from vcpo.weights import announced_weights
+
+    return announced_weights([entry for entry in source if len(entry) == 3])

@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from vcpo.config import Config
-from vcpo.errors import PublicationError, WorkerError
+from vcpo.errors import EngineLost, PublicationError, WorkerError
 from vcpo.samplers.protocol import Completion, check_request
 from vcpo.samplers.tasks import gather_all
 from vcpo.samplers.vllm.handshake import Expected, check_server
@@ -152,7 +152,7 @@ class VllmSampler:
         await self._transfer.join(server)
 
     async def _lose(self, server: Server, error: ServerLost) -> None:
-        """Go on without a server; raises WorkerError if it was the last."""
+        """Go on without a server; raises EngineLost if it was the last."""
         news = server in self._servers
         if news:
             self._servers.remove(server)
@@ -162,7 +162,7 @@ class VllmSampler:
         process = self._processes.get(server)
         how = f"; {await process.end_in_words()}" if process is not None else ""
         if not self._servers:
-            raise WorkerError(f"{error}{how}; no other vLLM server is left") from error
+            raise EngineLost(f"{error}{how}; no other vLLM server is left") from error
         log.warning("%s%s; going on with %d others", error, how, len(self._servers))
 
     # Tokens
@@ -205,7 +205,7 @@ class VllmSampler:
         if session is not None and session in self._homes:
             return self._homes[session]
         if not self._servers:
-            raise WorkerError("no vLLM server is left")
+            raise EngineLost("no vLLM server is left")
         server = min(self._servers, key=lambda s: s.outstanding)
         if session is not None:
             self._homes[session] = server

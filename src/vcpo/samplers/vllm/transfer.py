@@ -13,7 +13,7 @@ from vcpo.config import Config
 from vcpo.errors import PublicationError
 from vcpo.samplers.shared_memory import transfer_folder
 from vcpo.samplers.vllm.server import Server
-from vcpo.weights import WeightFile, checksum, write_adapter, write_weights
+from vcpo.weights import WeightFile, checksum, is_announced, write_adapter, write_weights
 
 ADAPTER = "vcpo-policy"
 """The name under which servers know the adapter."""
@@ -121,22 +121,26 @@ class AdapterTransfer:
 
 
 class CollectiveTransfer:
-    """The learner broadcasts; servers need only the names, types and shapes of what comes."""
+    """The learner broadcasts; servers need only the names, types and shapes of what comes. Weights that are
+    here already go by file: to who comes between two broadcasts."""
 
     def __init__(self, config: Config) -> None:
         self._timeout = config.runtime.timeout_seconds
+        self._files = FileTransfer(config)
 
     async def join(self, server: Server) -> None:
-        """Not yet: :meth:`meet` does it, when the learner is there too."""
+        await self._files.join(server)
 
     async def meet(self, server: Server, address: str, port: int, offset: int, world_size: int) -> None:
-        """Join the learner's group as ranks from ``offset`` on."""
+        """Join the learner's group as ranks from ``offset`` on; an earlier one is left."""
         init = {"address": address, "port": port, "rank_offset": offset, "world_size": world_size}
         await server.post(
             "/init_weight_transfer_engine", {"init_info": init | {"timeout_seconds": self._timeout}}
         )
 
     async def send(self, server: Server, version: int, weights: Mapping[str, Tensor]) -> str:
+        if not is_announced(weights):
+            return await self._files.send(server, version, weights)
         names = sorted(weights)
         update = {
             "names": names,
@@ -146,10 +150,10 @@ class CollectiveTransfer:
         return await send_update(server, version, update)
 
     def served(self, version: int) -> None:
-        pass
+        self._files.served(version)
 
     def close(self) -> None:
-        pass
+        self._files.close()
 
 
 async def send_update(server: Server, version: int, update: dict[str, object]) -> str:

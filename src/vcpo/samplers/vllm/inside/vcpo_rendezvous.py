@@ -1,6 +1,8 @@
-"""The group over which the learner broadcasts weights: imported by the learner and inside vLLM's workers.
+"""The group over which the learner broadcasts weights: imported by the learner, by our own engine, and inside
+vLLM's workers.
 
-Rank 0 is the learner, the others are the workers of all servers. The group stands beside vLLM's own.
+Rank 0 is the learner, the others are the engines, or the workers of all servers. The group stands beside
+vLLM's own.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+MEETING_SECONDS = 60.0
+"""How long to wait for the others, who are all there and ready when they are told to meet."""
+
 
 class WeightGroup:
     """A process group that broadcasts tensors from rank 0: NCCL between GPUs, gloo between CPUs."""
@@ -19,17 +24,19 @@ class WeightGroup:
     def __init__(
         self, address: str, port: int, rank: int, world_size: int, device: str, timeout_seconds: float
     ) -> None:
-        """Returns when all ranks are here; raises RuntimeError if they are not within the timeout."""
-        timeout = datetime.timedelta(seconds=timeout_seconds)
+        """Returns when all ranks are here; raises RuntimeError if they are not within MEETING_SECONDS, or the
+        timeout, which each broadcast has for itself."""
+        timeout = datetime.timedelta(seconds=min(timeout_seconds, MEETING_SECONDS))
         # A store that opens its port itself listens on all interfaces, and takes whatever anybody says.
         listening = socket.create_server((address, port)).detach() if rank == 0 else None
         store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             address, port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
         )
         apart = distributed.PrefixStore("vcpo", store)  # pyright: ignore[reportPrivateImportUsage]
-        self._group = _group(apart, rank, world_size, device, timeout)
         self._options = distributed.BroadcastOptions()
         self._options.rootRank = 0
+        self._options.timeout = datetime.timedelta(seconds=timeout_seconds)
+        self._group = _group(apart, rank, world_size, device, timeout)
         self.broadcast(torch.zeros(1, device=device))  # NCCL connects at its first call
 
     def broadcast(self, tensor: Tensor) -> None:
