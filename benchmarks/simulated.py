@@ -80,6 +80,12 @@ class SimulatedEngine:
         self.version = version
         return checksum(weights)
 
+    async def ranks(self) -> list[int]:
+        return []
+
+    async def meet(self, address: str, port: int, offset: int, world_size: int) -> None:
+        raise NotImplementedError
+
     async def ready(self) -> None:
         pass
 
