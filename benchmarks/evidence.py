@@ -8,7 +8,10 @@ form can be spread over many sittings. --quick takes fewer methods, lags and see
 than an hour on two cores. Studies:
 
 - rates: every method at three learning rates, lag 16, seeds 100 and 101. The rule, stated before anything was
-  run: a method's rate is the one with the best mean final sampled accuracy; among equals the lowest.
+  run: a method's rate is the one with the best mean final sampled accuracy; among equals the lowest. Added
+  when it had been run: a method whose rate is the lowest of the three is tried at half of it too, and, if
+  that is the best then, at a quarter. (Nobody gets a higher one: the tapered methods, whose rate is the
+  highest of the three, are the ones that a comparison must not favour.)
 - lag, lag-collect: every method at its rate, over lags and fresh seeds, on two tasks.
 - controls: ESS scaling against a constant rate and against its own factors permuted; OPOB against b = 0.
 - rewards: the task collect with graded rewards and with 0 or 1, for baselines that differ.
@@ -27,8 +30,8 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +42,8 @@ from vcpo.compare.command import Grid, compare
 DATA = Path("docs/evidence/data")
 QUICK_DATA = Path("runs/evidence")
 RATES = ("2e-4", "4e-4", "8e-4")
+LOWER_RATES = ("1e-4", "5e-5")
+"""For methods that are best at the lowest rate before."""
 RECIPES_RATE = "4e-4"
 """That of the recipes maze and collect."""
 FEW = "vcpo,vcpo-taper,topr,grpo"
@@ -90,13 +95,13 @@ def clipping_grid(ceilings: Sequence[str]) -> str:
     return ",".join([*methods, "grpo", *clipped])
 
 
-def at_all_rates(names: Iterable[str]) -> str:
-    return ",".join(f"{name}[learner.learning_rate={rate}]" for name in names for rate in RATES)
+def at_rates(names: Iterable[str], rates: Iterable[str]) -> str:
+    return ",".join(f"{name}[learner.learning_rate={rate}]" for name in names for rate in rates)
 
 
 ALL = ",".join(ALGORITHMS)
 FULL = (
-    Study("rates", "maze", at_all_rates(ALGORITHMS), "16", "100,101", LESS_EVALUATION),
+    Study("rates", "maze", at_rates(ALGORITHMS, RATES), "16", "100,101", LESS_EVALUATION),
     Study("lag", "maze", ALL, "0,4,16,64,128", "0-4", LESS_EVALUATION, tuned=True),
     Study("lag-collect", "collect", ALL, "0,4,16,64,128", "0-4", LESS_EVALUATION, tuned=True),
     Study("controls", "maze", "vcpo,vcpo-taper", "16,64", "10-14", LESS_EVALUATION, controls=True),
@@ -131,10 +136,12 @@ def best_rates(results: Path) -> dict[str, str]:
         if row["status"] == "completed":
             name, _, rest = row["method"].partition("[")
             found[name][rest.removeprefix("learner.learning_rate=").rstrip("]")].append(row["accuracy_after"])
-    return {
-        name: min(rates, key=lambda rate: (-statistics.fmean(rates[rate]), float(rate)))
-        for name, rates in found.items()
-    }
+    return {name: best_rate(rates) for name, rates in found.items()}
+
+
+def best_rate(accuracies: Mapping[str, Sequence[float]]) -> str:
+    """By the rule above, from the final sampled accuracies at each learning rate."""
+    return min(accuracies, key=lambda rate: (-statistics.fmean(accuracies[rate]), float(rate)))
 
 
 def at_their_rates(methods: str, rates: dict[str, str]) -> str:
@@ -142,6 +149,14 @@ def at_their_rates(methods: str, rates: dict[str, str]) -> str:
     chosen = {name: rate for name, rate in rates.items() if rate != RECIPES_RATE}
     names = methods.split(",")
     return ",".join(f"{n}[learner.learning_rate={chosen[n]}]" if n in chosen else n for n in names)
+
+
+def lower_rates(results: Path) -> Iterator[str]:
+    """What to try next, until no method is best at the lowest rate that it has been tried at."""
+    for before, rate in zip((RATES[0], *LOWER_RATES), LOWER_RATES, strict=False):
+        names = [name for name, best in best_rates(results).items() if best == before]
+        if names:
+            yield at_rates(names, [rate])
 
 
 def run(study: Study, folder: Path, jobs: int | None, console: Console) -> bool:
@@ -182,7 +197,15 @@ def main() -> None:
     if unknown:
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in studies)}")
     for study in studies:
-        if study.name in chosen and not run(study, folder, arguments.jobs, Console()):
+        if study.name not in chosen:
+            continue
+        ended = run(study, folder, arguments.jobs, Console())
+        if study.name == "rates":
+            lower = lower_rates(folder / study.name / "results.jsonl")
+            ended = ended and all(
+                run(replace(study, methods=methods), folder, arguments.jobs, Console()) for methods in lower
+            )
+        if not ended:
             sys.exit(130)
 
 

@@ -9,11 +9,13 @@ written anew from ``data/STUDY/results.jsonl``:
     <!-- table: lag, at lag 64 -->            a line a method, best first
     <!-- table: lag, against lag 0 -->        each method's change from its own runs at lag 0, by seed
     <!-- table: lag, against topr -->         each method's difference from another at the same lag, by seed
+    <!-- table: rates, over rates -->         a line a method, a column a learning rate
 
 ``, only NAME NAME`` at the end leaves other methods out, controls too. A cell is a mean of accuracies of
 completed runs ± the 95 % interval of that mean (Student's t), and the number of runs:
 ``.947 ± .012 (5)``. A dagger says how many of them collapsed. Greedy accuracy over lags, sampled accuracy
-in differences.
+in differences. Over rates: the mean sampled accuracy and that of each seed; bold is the rule's choice
+(:mod:`benchmarks.evidence`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence import best_rate
 from vcpo.monitor.statistics import student_interval
 
 PAGES = Path("docs/evidence")
@@ -156,8 +159,39 @@ def against_method(cells: Cells, reference: str) -> Iterator[Line]:
             yield [_shown(method), *(cell(difference, signed=True) for difference in differences)]
 
 
+def over_rates(cells: Cells) -> Iterator[Line]:
+    """The runs of all lags; the best method first."""
+    found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for method in cells.methods:
+        rate = _RATE.search(method)
+        runs = [run for lag in cells.lags for run in cells.by_seed(method, lag).values()]
+        if rate and runs:
+            found[plain_name(method)][rate[1]] += runs
+    rates = sorted({rate for own in found.values() for rate in own}, key=float)
+    yield ["method", *(f"at {rate}" for rate in rates)]
+
+    def chosen(own: Mapping[str, Sequence[Row]]) -> str:
+        return best_rate({rate: [run[SAMPLED] for run in runs] for rate, runs in own.items()})
+
+    def best(own: Mapping[str, Sequence[Row]]) -> float:
+        return statistics.fmean(run[SAMPLED] for run in own[chosen(own)])
+
+    for method, own in sorted(found.items(), key=lambda item: -best(item[1])):
+        shown = [_seeds(own[rate], bold=rate == chosen(own)) if rate in own else "–" for rate in rates]
+        yield [_shown(method), *shown]
+
+
+def _seeds(runs: Sequence[Row], *, bold: bool) -> str:
+    mean = _number(statistics.fmean(run[SAMPLED] for run in runs))
+    seeds = ", ".join(_number(run[SAMPLED]) for run in runs)
+    collapsed = sum(run["collapsed"] for run in runs)
+    text = f"**{mean}**" if bold else mean
+    return f"{text} ({seeds})" + (f" {_COLLAPSED}{collapsed}" if collapsed else "")
+
+
 FORMS: Mapping[str, Callable[[Cells, str], Iterator[Line]]] = {
     "over lags": lambda cells, _: over_lags(cells),
+    "over rates": lambda cells, _: over_rates(cells),
     "at lag": lambda cells, lag: at_lag(cells, int(lag)),
     "against lag": lambda cells, lag: against_lag(cells, int(lag)),
     "against": against_method,

@@ -56,6 +56,24 @@ def test_over_lags_leaves_failed_runs_out_and_puts_the_best_first(data: Path) ->
     ]
 
 
+def test_over_rates_the_rule_chooses_the_best_mean_and_of_equals_the_lowest(tmp_path: Path) -> None:
+    found = {"a": {"2e-4": (0.5, 0.3), "8e-4": (0.2, 0.6)}, "b": {"8e-4": (0.9,), "4e-4": (0.1,)}}
+    (tmp_path / "rates").mkdir()
+    with (tmp_path / "rates" / "results.jsonl").open("w") as file:
+        for name, rates in found.items():
+            for rate, values in rates.items():
+                for seed, value in enumerate(values):
+                    method = f"{name}[learner.learning_rate={rate}]"
+                    row = a_row(method, 16, seed, 0.0, value, collapsed=value == 0.1)
+                    file.write(json.dumps(row) + "\n")
+    assert table("rates, over rates", tmp_path).splitlines() == [
+        "| method | at 2e-4 | at 4e-4 | at 8e-4 |",
+        "| --- | --- | --- | --- |",
+        "| b | – | .100 (.100) †1 | **.900** (.900) |",
+        "| a | **.400** (.500, .300) | – | .400 (.200, .600) |",
+    ]
+
+
 def test_at_a_lag(data: Path) -> None:
     assert body(table("lag, at lag 64, only vcpo", data)) == [
         "| vcpo at 2e-4 | .200 ± 1.271 (2) | .250 ± .000 (2) | 0.25 | 1.00 | 1 of 2 |"
