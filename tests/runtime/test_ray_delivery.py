@@ -156,6 +156,18 @@ def test_who_comes_while_a_step_is_under_way_gets_what_the_learner_has_after_it(
     go(scene())
 
 
+def test_who_leaves_waits_until_the_others_have_what_it_may_hand_on() -> None:
+    async def scene() -> None:
+        here, one, leaving = Scene(), Sampler("one"), Sampler("leaving")
+        await here.delivery.over()
+        told = [here.delivery.to(sampler, weights(0)) for sampler in (one, leaving)]
+        here.delivery.send(weights(0))
+        await here.delivery.over()
+        assert [await answer for answer in told] == ["checksum-0"] * 2
+
+    go(scene())
+
+
 def test_a_step_waits_until_the_weights_before_it_are_sent() -> None:
     async def scene() -> None:
         here, one = Scene(), Sampler("one")

@@ -73,6 +73,10 @@ class Delivery(Protocol):
         """Returns when the learner's weights may change."""
         ...
 
+    async def over(self) -> None:
+        """Returns when no sampler is in the middle of it; who has left the fleet is in none that comes."""
+        ...
+
 
 class ByObjectStore:
     """The learner has put them there; each sampler fetches them."""
@@ -84,6 +88,9 @@ class ByObjectStore:
         return asyncio.sleep(0)
 
     async def sent(self) -> None:
+        pass
+
+    async def over(self) -> None:
         pass
 
 
@@ -111,6 +118,7 @@ class ByBroadcast:
         self._group: list[Taker] = []
         """With whom the learner is in a group."""
         self._sending: asyncio.Future[None] | None = None
+        self._finishing: asyncio.Future[None] | None = None
         self._offered: asyncio.Future[Publication] | None = None
         self._failures = 0
 
@@ -125,11 +133,16 @@ class ByBroadcast:
         parts, self._parts = self._parts, []
         self._version, self._offered = publication.version, None
         self._sending = asyncio.ensure_future(self._send(publication, parts))
-        return asyncio.ensure_future(self._finish(publication, parts, self._sending))
+        self._finishing = asyncio.ensure_future(self._finish(publication, parts, self._sending))
+        return self._finishing
 
     async def sent(self) -> None:
         if self._sending is not None:
             await asyncio.wait([self._sending])  # its errors are told elsewhere
+
+    async def over(self) -> None:
+        if self._finishing is not None:
+            await asyncio.wait([self._finishing])
 
     async def _send(self, publication: Publication, parts: Sequence[_Part]) -> None:
         """The learner's part."""

@@ -217,7 +217,7 @@ class Samplers:
                 on_error(error)
 
         self._serve = slot
-        self._fleet = fleet
+        self._fleet, self._delivery = fleet, delivery
         for number in [number for number in self._actors if number >= self.wanted]:
             ray.kill(self._actors.pop(number))  # scaled down while there was no fleet to leave
         self._fill()
@@ -246,6 +246,7 @@ class Samplers:
         slot.cancel()
         await asyncio.gather(slot, return_exceptions=True)
         await self._fleet.leave(self._name(number), "it is not wanted any more, and was not done in time")
+        await self._delivery.over()
         ray.kill(self._actors.pop(number))
 
     async def pause(self) -> None:

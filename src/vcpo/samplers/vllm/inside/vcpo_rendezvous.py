@@ -16,6 +16,8 @@ from torch import Tensor, distributed
 
 MEETING_SECONDS = 60.0
 """How long to wait for the others, who are all there and ready when they are told to meet."""
+PATIENCE = 0.7
+"""Of the time after which the controller would give up."""
 
 
 class WeightGroup:
@@ -24,9 +26,9 @@ class WeightGroup:
     def __init__(
         self, address: str, port: int, rank: int, world_size: int, device: str, timeout_seconds: float
     ) -> None:
-        """Returns when all ranks are here; raises RuntimeError if they are not within MEETING_SECONDS, or the
-        timeout, which each broadcast has for itself."""
-        timeout = datetime.timedelta(seconds=min(timeout_seconds, MEETING_SECONDS))
+        """Returns when all ranks are here; raises RuntimeError if they are not within MEETING_SECONDS or half
+        of the timeout. Each broadcast has PATIENCE of the timeout for itself."""
+        timeout = datetime.timedelta(seconds=min(timeout_seconds / 2, MEETING_SECONDS))
         # A store that opens its port itself listens on all interfaces, and takes whatever anybody says.
         listening = socket.create_server((address, port)).detach() if rank == 0 else None
         store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
@@ -35,7 +37,7 @@ class WeightGroup:
         apart = distributed.PrefixStore("vcpo", store)  # pyright: ignore[reportPrivateImportUsage]
         self._options = distributed.BroadcastOptions()
         self._options.rootRank = 0
-        self._options.timeout = datetime.timedelta(seconds=timeout_seconds)
+        self._options.timeout = datetime.timedelta(seconds=PATIENCE * timeout_seconds)
         self._group = _group(apart, rank, world_size, device, timeout)
         self.broadcast(torch.zeros(1, device=device))  # NCCL connects at its first call
 
