@@ -284,7 +284,8 @@ def scale(
     from vcpo.runtime.ray.scale import scale as ask
 
     ask(_run_folder(run), samplers)
-    typer.echo(f"asked for {samplers} samplers: the job follows within seconds, and says so where it runs")
+    noun = "sampler" if samplers == 1 else "samplers"
+    typer.echo(f"asked for {samplers} {noun}: the job follows within seconds, and says so where it runs")
 
 
 @app.command()
