@@ -18,6 +18,7 @@ than an hour on two cores. Studies:
 - clipping: {ESS off, of used weights, of untruncated ones} x {sqrt, linear} x truncation {2, 8, none}.
 - ablations: on-policy ratio, group size.
 - mechanism: VCPO at lag 64 with its weights, baseline and warm-up changed one at a time, towards TOPR's.
+- negatives: no importance weight and no clip, with and without a baseline, for both ways to sum over tokens.
 - collapse: methods that fall and methods that do not, evaluated every ten steps (benchmarks.lead_time).
 
 ``python -m benchmarks.evidence_pages`` makes the tables and figures of the pages from the rows.
@@ -115,6 +116,9 @@ FULL = (
           "vcpo[pipeline.group_size=32;pipeline.prompts=4]",
           "16", "10-12", LESS_EVALUATION),
     Study("mechanism", "maze", TOWARDS_TOPR, "64", "20-22", LESS_EVALUATION),
+    Study("negatives", "maze",
+          "reinforce,reinforce[algorithm.baseline=leave-one-out],rloo,rloo[algorithm.baseline=zero]",
+          "16", "20-22", (*LESS_EVALUATION, "--learner.learning_rate", "2e-4")),
     Study("collapse", "maze", "cispo,rloo,reinforce,tis,tis-token,ppo,grpo,vcpo,topr,vespo", "16,64", "30,31",
           ("--evaluation.every", "10", "--evaluation.problems", "128")),
 )  # fmt: skip

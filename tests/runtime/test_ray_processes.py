@@ -26,9 +26,13 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from vcpo.config import load_config
+from vcpo.monitor.progress import SilentProgress
 from vcpo.runtime import train
+class Notes(SilentProgress):
+    def note(self, text):
+        print("note:", text)
 run = Path(sys.argv[1])
-print(json.dumps(train(load_config(run / "config.toml"), resume=run)))
+print(json.dumps(train(load_config(run / "config.toml"), resume=run, progress=Notes())))
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
 
@@ -165,6 +169,8 @@ def test_a_run_survives_the_death_of_a_sampler_and_of_a_rank(transfer: str, tmp_
     assert driver.returncode == 0, errors
     summary = json.loads(output.splitlines()[-1])
     assert (summary["completed"], summary["steps"]) == (True, 120)
+    assert output.count("is gone (its process is gone)") == 2, output
+    assert output.count("begins anew from the last checkpoint") == 1
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 121))
     assert all(0 <= lag <= summary["lag_bound"] for row in rows for lag in map(int, row["lag_histogram"]))

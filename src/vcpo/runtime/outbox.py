@@ -92,13 +92,15 @@ class BroadcastOutbox:
         self._group = WeightGroup(address, port, 0, world_size, kind, self._timeout)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        try:
-            for _, tensor in tensors:  # of several ranks all gather, and the first sends
+        failed: RuntimeError | None = None
+        for _, tensor in tensors:  # of several ranks all gather, to the end, and the first sends
+            try:
                 if self._group is not None:
                     self._group.broadcast(tensor.contiguous())
-        except RuntimeError:
-            self.close()
-            raise
+            except RuntimeError as error:
+                self._group, failed = None, error
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         self._group = None

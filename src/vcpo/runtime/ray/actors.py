@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ray.exceptions import ObjectLostError
 
 from vcpo import __version__
 from vcpo.config import Config
-from vcpo.errors import ConfigError, LearnerLost
+from vcpo.errors import ConfigError, LearnerLost, SamplerLost
 from vcpo.runtime.learner_worker import LearnerWorker, configured
 from vcpo.runtime.outbox import BroadcastOutbox
 from vcpo.runtime.ray.network import free_port, interface_of
@@ -126,17 +125,15 @@ class SamplerActor:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._life = uuid.uuid4().hex
-        """Another one after a restart."""
         self._service: Any = None
+        """None after a restart, until the sampler begins anew."""
         self._version = -1
         self._served = asyncio.Condition()
         self._updating = asyncio.Lock()
         self._playing: set[asyncio.Task[Any]] = set()
 
-    async def here(self) -> str:
-        """Answers as soon as Ray has found a place for the actor: who it is."""
-        return self._life
+    async def here(self) -> None:
+        """Answers as soon as Ray has found a place for the actor."""
 
     async def begin(
         self, config: dict[str, Any], run_folder: str, version: str, policy: str, share: tuple[int, int]
@@ -151,7 +148,7 @@ class SamplerActor:
                 self._service = await self._started(placed(config), Path(run_folder), policy, share)
         except Exception as error:
             return error_reply(error)
-        return {"life": self._life}
+        return {}
 
     async def _started(self, config: Any, run_folder: Path, policy: str, share: tuple[int, int]) -> Any:
         from vcpo.pipeline.engines import Share
@@ -169,17 +166,24 @@ class SamplerActor:
 
         return RolloutService(config, share)
 
+    @property
+    def _begun(self) -> Any:
+        """What plays. Raises SamplerLost for who talks to the process that was here before."""
+        if self._service is None:
+            raise SamplerLost("its process is gone")
+        return self._service
+
     async def ranks(self) -> Reply:
         """How many ranks of a broadcast its engine's workers take."""
         try:
-            return {"ranks": await self._service.ranks()}
+            return {"ranks": await self._begun.ranks()}
         except Exception as error:
             return error_reply(error)
 
     async def meet(self, address: str, port: int, offset: int, world_size: int) -> Reply:
         """Join the learner's broadcast."""
         try:
-            await self._service.meet(address, port, offset, world_size)
+            await self._begun.meet(address, port, offset, world_size)
         except Exception as error:
             return error_reply(error)
         return {}
@@ -191,9 +195,9 @@ class SamplerActor:
 
         try:
             async with self._updating:
-                weights = await arriving(source)
+                service, weights = self._begun, await arriving(source)
                 said = None if probe is None else Probe(**probe)
-                checksum = await self._service.publish(version, weights, said)
+                checksum = await service.publish(version, weights, said)
                 async with self._served:
                     self._version = version
                     self._served.notify_all()
@@ -220,20 +224,24 @@ class SamplerActor:
     async def _play(self, index: int, version: int, problem: int | None) -> bytes:
         from vcpo.pipeline.rollout import GroupOrder
 
+        service = self._begun
         async with self._served:
             await self._served.wait_for(lambda: self._version >= version)
         records: list[bytes] = []
         order = GroupOrder(index, version, problem)
-        await self._service.play([order], lambda number, record: records.append(record))
+        await service.play([order], lambda number, record: records.append(record))
         return records[0]
 
     async def evaluate(self, first: int, count: int, greedy: bool) -> Reply:
         try:
-            rewards = await self._service.evaluate(first, count, greedy=greedy)
+            rewards = await self._begun.evaluate(first, count, greedy=greedy)
         except Exception as error:
             return error_reply(error)
         return {"rewards": rewards}
 
-    async def busy(self) -> float:
+    async def busy(self) -> Reply:
         """Time its engine has spent computing; the answer is the sign that it lives."""
-        return self._service.busy_seconds
+        try:
+            return {"busy": self._begun.busy_seconds}
+        except Exception as error:
+            return error_reply(error)

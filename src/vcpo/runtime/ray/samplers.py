@@ -132,19 +132,19 @@ class RaySampler:
     async def _answer(self, reference: Any) -> Reply:
         self._waiting += 1
         try:
-            reply = await reference
-        except RayError as error:
+            return self._checked(await reference)
+        except (RayError, SamplerLost) as error:
             self.gone(error)
-            raise SamplerLost(f"{self._name} {self.lost.result()}") from None
+        except EngineLost as error:
+            self.kill(f"it has no engine any more: {error}")
         finally:
             self._waiting -= 1
-        if "error" not in reply:
-            return reply
-        error = error_of(reply, self._name, self._log)
-        if not isinstance(error, EngineLost):
-            raise error
-        self.kill(f"it has no engine any more: {error}")
         raise SamplerLost(f"{self._name} {self.lost.result()}")
+
+    def _checked(self, reply: Reply) -> Reply:
+        if "error" in reply:
+            raise error_of(reply, self._name, self._log)
+        return reply
 
     def gone(self, why: object) -> None:
         if not self.lost.done():
@@ -156,10 +156,10 @@ class RaySampler:
         progress, moved = (self._busy, self.groups), loop.time()
         while not self.lost.done():
             try:
-                self._busy = await asyncio.wait_for(self._actor.busy.remote(), timeout)
+                self._busy = self._checked(await asyncio.wait_for(self._actor.busy.remote(), timeout))["busy"]
             except TimeoutError:
                 self.kill(f"it did not answer for {timeout:g} s (runtime.timeout_seconds)")
-            except RayError as error:
+            except (RayError, SamplerLost) as error:
                 self.gone(error)
             if not self._waiting or progress != (self._busy, self.groups):
                 progress, moved = (self._busy, self.groups), loop.time()
