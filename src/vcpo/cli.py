@@ -285,7 +285,7 @@ def scale(
 
     ask(_run_folder(run), samplers)
     noun = "sampler" if samplers == 1 else "samplers"
-    typer.echo(f"asked for {samplers} {noun}: the job follows within seconds, and says so where it runs")
+    typer.echo(f"asked for {samplers} {noun}: the job has heard it, and says so where it runs")
 
 
 @app.command()

@@ -330,3 +330,25 @@ def test_what_a_retiring_sampler_had_is_played_by_others_if_it_dies() -> None:
         assert first.groups == [0, 2, 1, 3]
 
     go(work())
+
+
+def test_an_evaluation_that_loses_a_sampler_asks_those_that_serve() -> None:
+    """And not one that is only on its way in."""
+
+    @dataclass
+    class Joining(Port):
+        async def publish(self, publication: Publication) -> str:
+            await asyncio.sleep(5)
+            return publication.checksum
+
+    async def scene() -> None:
+        ports = [Port("one"), Port("two", lost=False)]
+        fleet = fleet_of(*ports)
+        await fleet.publish(weights(1))
+        joining = asyncio.ensure_future(fleet.join(Joining("three")))
+        await asyncio.sleep(0)
+        ports[1].lost = True
+        assert await fleet.evaluate(2, greedy=False) == [0.0, 1.0]
+        joining.cancel()
+
+    go(scene())

@@ -8,8 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,10 @@ from vcpo.config import Config, load_config
 from vcpo.errors import ConfigError, DataError, LearnerLost, PublicationError, VcpoError, WorkerError
 from vcpo.monitor.progress import SilentProgress
 from vcpo.monitor.sinks import read_metrics
+from vcpo.pipeline.processes import elsewhere
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.runtime import train
-from vcpo.runtime.ray.scale import scale
+from vcpo.runtime.ray.scale import FILE, heard, scale
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -198,12 +202,12 @@ def test_a_learner_that_dies_again_and_again_ends_the_run(
     progress = Notes()
     with pytest.raises(LearnerLost, match="learner-1 is gone"):
         train(config_of(cluster, tmp_path, runtime__restarts=2), progress=progress)
-    assert len(progress.lines) == 2
+    assert len(progress.lines) == 3  # the first life got further than nothing
 
 
 def test_a_sampler_that_never_gets_ready_ends_the_run(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
     (notes / "trouble").write_text("sampler:begin:kill:always")
-    with pytest.raises(WorkerError, match=r"for the 2th time in a row without having finished a group"):
+    with pytest.raises(WorkerError, match=r"that was 2 times in a row without having finished a group"):
         train(config_of(cluster, tmp_path, runtime__restarts=1, runtime__samplers=1))
 
 
@@ -214,6 +218,52 @@ def test_a_sampler_that_hangs_is_restarted(place: str, cluster: Cluster, notes: 
     assert train(config_of(cluster, tmp_path, runtime__timeout_seconds=10), progress=progress)["steps"] == 12
     assert sorted(surviving(notes)) == list(range(24))
     assert "did nothing for 7 s (runtime.timeout_seconds)" in progress.lines[0]
+
+
+def test_a_sampler_that_fails_to_begin_is_restarted_if_others_can(
+    cluster: Cluster, notes: Path, tmp_path: Path
+) -> None:
+    (notes / "trouble").write_text("sampler:begin:RuntimeError")
+    progress = Notes()
+    assert train(config_of(cluster, tmp_path), progress=progress)["steps"] == 12
+    assert len(progress.lines) == 1
+    assert "it could not begin: " in progress.lines[0] and "RuntimeError: out of luck" in progress.lines[0]
+
+
+def test_if_no_sampler_can_begin_the_run_ends_at_once(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
+    (notes / "trouble").write_text("sampler:begin:DataError:always")
+    progress = Notes()
+    with pytest.raises(DataError, match=r"^problems\.jsonl, line 3"):
+        train(config_of(cluster, tmp_path), progress=progress)
+    assert len(progress.lines) <= 2
+
+
+def test_a_new_sampler_that_fails_to_begin_does_not_end_the_run(
+    cluster: Cluster, notes: Path, tmp_path: Path
+) -> None:
+    def ask() -> None:
+        (notes / "trouble").write_text("sampler:begin:RuntimeError")
+        asked(tmp_path / "run", 3)
+
+    progress = Watching((lambda there: len(there) == 2, ask), (lambda there: len(there) == 3, nothing))
+    with pytest.raises(Enough):
+        train(config_of(cluster, tmp_path, pipeline__steps=10**6), progress=progress)
+    assert not (notes / "trouble").exists()
+
+
+def test_a_sampler_that_finished_groups_may_come_back_without_restarts(
+    cluster: Cluster, notes: Path, tmp_path: Path
+) -> None:
+    def both_have_played(there: set[str]) -> bool:
+        return len(there) == 2 and len(noted(notes, "played")) > 40
+
+    progress = Watching(
+        (both_have_played, lambda: (notes / "trouble").write_text("sampler:play:kill")),
+        (lambda there: len(there) == 1, nothing),
+        (lambda there: len(there) == 2, nothing),
+    )
+    with pytest.raises(Enough):
+        train(config_of(cluster, tmp_path, pipeline__steps=10**6, runtime__restarts=0), progress=progress)
 
 
 @pytest.mark.parametrize("place", ["play", "publish"])
@@ -267,9 +317,14 @@ def test_a_machine_that_leaves_and_one_that_joins(cluster: Cluster, notes: Path,
     check_complete(surviving(notes))
 
 
+def asked(run: Path, count: int) -> None:
+    """What ``vcpo scale`` writes; it waits to be heard, and this is the thread that would hear it."""
+    (run / FILE).write_text(f"{count}\n")
+
+
 def test_samplers_join_and_leave_as_asked(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
     def ask(count: int) -> None:
-        main(["scale", str(tmp_path / "run"), "--samplers", str(count)])
+        asked(tmp_path / "run", count)
 
     progress = Watching(
         (lambda there: there == {"sampler-0", "sampler-1"}, lambda: ask(3)),
@@ -289,6 +344,46 @@ def test_only_a_ray_run_can_be_scaled(tmp_path: Path) -> None:
     RunFolder.create(config_of(None, tmp_path, run__name="other"))
     with pytest.raises(ConfigError, match=r"a run needs at least one"):
         scale(tmp_path / "other", 0)
+
+
+def test_a_request_that_nobody_hears_is_taken_back(tmp_path: Path) -> None:
+    RunFolder.create(config_of(None, tmp_path))
+    with pytest.raises(ConfigError, match=r"no job of .*run heard it within 0.2 s: .*--runtime.samplers 3"):
+        scale(tmp_path / "run", 3, seconds=0.2)
+    assert heard(RunFolder.open(tmp_path / "run")) is None
+
+
+def test_a_request_is_heard_once(tmp_path: Path) -> None:
+    RunFolder.create(config_of(None, tmp_path))
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(main, ["scale", str(tmp_path / "run"), "--samplers", "3"])
+        run = RunFolder.open(tmp_path / "run")
+        while (count := heard(run)) is None:
+            time.sleep(0.01)
+        assert count == 3
+        asking.result()
+    assert heard(run) is None
+
+
+def test_what_answers_but_is_no_ray_is_named(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ConfigError, match=rf"what answers at {place} is no Ray: correct runtime.address"):
+            train(config_of(None, tmp_path, runtime__address=place))
+        server.shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"no Ray cluster answers at {place} \(timed out\)"):
+            train(config_of(None, tmp_path, runtime__address=place))
+
+
+def test_paths_are_whole_for_processes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = config_of(None, tmp_path, model__name="model", environment__path="not-there.jsonl")
+    assert elsewhere(config).model.name == str(tmp_path / "model")
+    assert elsewhere(config).environment.path == "not-there.jsonl"
 
 
 def test_too_small_a_cluster_is_told_at_once(cluster: Cluster, notes: Path, tmp_path: Path) -> None:
@@ -338,7 +433,7 @@ def test_no_cluster_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(ConfigError, match=match):
             train(config_of(None, tmp_path, runtime__address=address))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("vcpo.runtime.ray.cluster.CURRENT_CLUSTER", tmp_path / "none")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(ConfigError, match=r"no Ray cluster was started on this machine .*ray start --head"):
         train(config_of(None, tmp_path, runtime__address="auto"))
     assert list(tmp_path.iterdir()) == []

@@ -255,7 +255,8 @@ class Fleet:
             except SamplerLost as lost:
                 if self._members.get(member.port.name) is member:
                     await self.leave(member.port.name, str(lost))
-                member = (await self._somebody())[first % len(self._members)]
+                serving = await self._somebody()
+                member = serving[first % len(serving)]
 
     async def _somebody(self) -> list[Member]:
         """Who may be given work; waits until there is one."""

@@ -83,9 +83,14 @@ def _processes(config: Config) -> str:
     told = f"controller, {learner}, {samplers} sampler{'s' if samplers > 1 else ''}, {threads}"
     if config.runtime.kind == "local":
         return told
-    where = config.runtime.address or "its own on this machine"
+    if not config.runtime.address:
+        gpus = whole(config).gpus
+        return f"{told}; on a Ray of the run's own" + (
+            f", with {gpus:g} GPUs of this machine" if gpus else ""
+        )
     return (
-        f"{told}; on Ray ({where}), which must have at least {smallest(config)}, and {whole(config)} for all"
+        f"{told}; on Ray ({config.runtime.address}), which must have at least {smallest(config)}, "
+        f"and {whole(config)} for all"
     )
 
 

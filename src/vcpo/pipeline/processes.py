@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from vcpo.config import Config
 from vcpo.errors import ConfigError
@@ -50,6 +51,27 @@ def _check_ray(config: Config) -> None:
         )
 
 
+PATHS = {
+    "model": ("name",),
+    "environment": ("path", "held_out_path"),
+    "algorithm": ("step_scales",),
+    "sampler": ("python",),
+    "runtime": ("weights_folder",),
+}
+"""Settings that may be paths."""
+
+
+def elsewhere(config: Config) -> Config:
+    """The config for processes with other working folders: paths of what is here are whole."""
+    sections: dict[str, object] = {}
+    for section, names in PATHS.items():
+        values = {name: getattr(getattr(config, section), name) for name in names}
+        # Not resolved: the Python of an environment is a link, and another one where the link leads.
+        whole_paths = {name: str(Path(v).absolute()) for name, v in values.items() if v and Path(v).exists()}
+        sections[section] = getattr(config, section).model_copy(update=whole_paths)
+    return config.model_copy(update=sections)
+
+
 @dataclass(frozen=True)
 class Request:
     """What one actor asks for."""
@@ -74,7 +96,7 @@ class Request:
 def rank_request(config: Config) -> Request:
     runtime = config.runtime
     gpus = runtime.rank_gpus
-    return Request(runtime.rank_cpus, float(_on_cuda(config)) if gpus is None else gpus)
+    return Request(_cpus(config, runtime.rank_cpus), float(_on_cuda(config)) if gpus is None else gpus)
 
 
 def sampler_request(config: Config) -> Request:
@@ -82,7 +104,12 @@ def sampler_request(config: Config) -> Request:
     own = _on_cuda(config) and not config.sampler.urls
     server = 1 + max((devices.count("+") for devices in config.sampler.devices), default=0)
     gpus = runtime.sampler_gpus
-    return Request(runtime.sampler_cpus, float(server if own else 0) if gpus is None else gpus)
+    return Request(_cpus(config, runtime.sampler_cpus), float(server if own else 0) if gpus is None else gpus)
+
+
+def _cpus(config: Config, asked: float) -> float:
+    """Of a Ray of the run's own none: on a laptop processes may outnumber the cores, and take turns."""
+    return asked if config.runtime.address else 0.0
 
 
 def _on_cuda(config: Config) -> bool:

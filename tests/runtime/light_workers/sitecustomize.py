@@ -42,6 +42,7 @@ def trouble(here: str) -> str:
             file.unlink()
         except FileNotFoundError:  # another worker was quicker
             return ""
+    note("told", here=here, what=what, process=os.getpid())
     match what:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -94,7 +94,10 @@ class LearnerActor:
     def place(self) -> Reply:
         """Address and port where others may meet this one."""
         here = ray.util.get_node_ip_address()
-        return {"place": (here, free_port(here))}
+        try:
+            return {"place": (here, free_port(here))}
+        except OSError as error:
+            return error_reply(error)
 
     def do(self, what: str, arguments: dict[str, Any]) -> Reply:
         try:
@@ -148,7 +151,7 @@ class SamplerActor:
                 self._service = await self._started(placed(config), Path(run_folder), policy, share)
         except Exception as error:
             return error_reply(error)
-        return {}
+        return {"busy": self._service.busy_seconds}
 
     async def _started(self, config: Any, run_folder: Path, policy: str, share: tuple[int, int]) -> Any:
         from vcpo.pipeline.engines import Share
@@ -195,7 +198,10 @@ class SamplerActor:
 
         try:
             async with self._updating:
-                service, weights = self._begun, await arriving(source)
+                service = self._begun
+                if version < self._version:  # it was overtaken on the way here
+                    return {"checksum": None}
+                weights = await arriving(source)
                 said = None if probe is None else Probe(**probe)
                 checksum = await service.publish(version, weights, said)
                 async with self._served:

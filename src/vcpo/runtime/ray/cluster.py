@@ -1,7 +1,8 @@
 """The Ray cluster of a run: one that is there, or one of the run's own on this machine.
 
-A Ray of the run's own listens on the loopback address alone, and ends with the command. Whoever can submit to
-a cluster can run code on it, so its ports belong behind a firewall, with Ray's token authentication on
+A Ray of the run's own listens on the loopback address alone, and ends with the command; what it leaves is
+Ray's token in the home folder, which it makes for all Rays of that user. Whoever can submit to a cluster can
+run code on it, so its ports belong behind a firewall, with that token asked for
 (``RAY_AUTH_MODE=token``); see docs/scaling.md.
 """
 
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from typing import Any
 
 from vcpo.config import Config
 from vcpo.errors import ConfigError
-from vcpo.pipeline.processes import rank_request, sampler_request, smallest, whole
+from vcpo.pipeline.processes import rank_request, sampler_request, smallest
 
 CONNECT_SECONDS = 5.0
 """How long the port of a cluster may take to answer: Ray itself would wait for many minutes."""
-CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")
-"""Where ``ray start`` writes the address of this machine's cluster."""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a conversation over HTTP/2, as Ray has them, begins: with settings, of which there are none."""
+SETTINGS = 4
+"""The type of the frame that answers it."""
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """What makes Ray listen on 127.0.0.1, as it does by itself on macOS and Windows."""
 
@@ -42,7 +45,7 @@ def import_ray() -> Any:
 
 @contextlib.contextmanager
 def connected(config: Config) -> Iterator[None]:
-    """Be the driver of a cluster; of the run's own Ray nothing is left afterwards.
+    """Be the driver of a cluster; a Ray of the run's own ends afterwards.
 
     Raises ConfigError if there is no cluster at the address.
     """
@@ -59,17 +62,53 @@ def connected(config: Config) -> Iterator[None]:
     }
     if ray.is_initialized():
         raise ConfigError("this process is a driver of Ray already: call ray.shutdown() before training")
-    if address:
-        common.pop("include_dashboard")
-        _connect(ray, _place_of(address), common)
-    else:
-        # Actors may outnumber the cores of a laptop: they take turns. GPUs cannot be made up.
-        cpus = max(os.cpu_count() or 1, math.ceil(whole(config).cpus))
-        ray.init(address="local", num_cpus=cpus, **common)  # whatever RAY_ADDRESS says
+    _spare_obituaries()
+    session: Path | None = None
     try:
+        if address:
+            common.pop("include_dashboard")
+            _connect(ray, address, common)
+        else:
+            session = _start(ray, common)
         yield
     finally:
         ray.shutdown()
+    if session is not None:  # after an error it is of use
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def _spare_obituaries() -> None:
+    """Ray prints a thousand characters for every process that is gone, and the run says so itself."""
+    from ray._private import worker
+
+    told = getattr(worker, "print_to_stdstream", None)
+    if told is None or hasattr(told, "spares"):  # another version of Ray, or done before
+        return
+
+    def tell(data: dict[str, Any], *arguments: Any, **settings: Any) -> None:
+        if not any("A worker died or was killed" in line for line in data.get("lines", ())):
+            told(data, *arguments, **settings)
+
+    tell.spares = True
+    worker.print_to_stdstream = tell
+
+
+def _start(ray: Any, settings: dict[str, Any]) -> Path:
+    """Start a Ray of the run's own, whatever RAY_ADDRESS says; its folder."""
+    try:
+        context = ray.init(address="local", **settings)
+    except Exception as error:  # Ray has no class of its own for these
+        raise ConfigError(
+            f"cannot start Ray on this machine: {error}; if its folder is the reason, set RAY_TMPDIR to a "
+            "short path on a disk with room"
+        ) from error
+    return Path(context.address_info["session_dir"])
+
+
+def current_cluster() -> Path:
+    """Where ``ray start`` writes the address of this machine's cluster."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return Path(folder) / "ray" / "ray_current_cluster"
 
 
 def _place_of(address: str) -> str:
@@ -78,7 +117,7 @@ def _place_of(address: str) -> str:
         return address
     found = os.environ.get("RAY_ADDRESS", "")
     with contextlib.suppress(OSError):
-        found = found or CURRENT_CLUSTER.read_text(encoding="utf-8").strip()
+        found = found or current_cluster().read_text(encoding="utf-8").strip()
     if not found:
         raise ConfigError(
             "runtime.address = 'auto', and no Ray cluster was started on this machine (RAY_ADDRESS is not "
@@ -87,46 +126,88 @@ def _place_of(address: str) -> str:
     return found
 
 
-def _connect(ray: Any, place: str, settings: dict[str, Any]) -> None:
+def _connect(ray: Any, address: str, settings: dict[str, Any]) -> None:
+    place = _place_of(address)
     host, _, port = place.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(
             f"runtime.address = {place!r} is no address: write HOST:PORT (ray start --head says it)"
         )
+    _greet(host, int(port))
     try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address=address, **settings)  # for auto, Ray finds this user's token too
+    except Exception as error:  # Ray has no class of its own for these
+        raise ConfigError(
+            f"cannot join the Ray cluster at {place}: {error}; if it asks for a token, set "
+            "RAY_AUTH_MODE=token here, and have the same token as the cluster (ray get-auth-token)"
+        ) from error
+
+
+def _greet(host: str, port: int) -> None:
+    """Raise ConfigError if no Ray answers there. Ray itself would wait for many minutes."""
+    place, answer = f"{host}:{port}", b""
+    try:
+        with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                return  # it does not talk to strangers
+            connection.sendall(PREFACE)
+            while len(answer) < 4 and (more := connection.recv(4 - len(answer))):
+                answer += more
     except OSError as error:
         raise ConfigError(
             f"no Ray cluster answers at {place} ({error}): start one with ray start --head, or correct "
             "runtime.address"
         ) from error
-    try:
-        ray.init(address=place, **settings)
-    except Exception as error:  # Ray has no class of its own for these
-        raise ConfigError(f"cannot join the Ray cluster at {place}: {error}") from error
+    if answer[3:] != bytes([SETTINGS]):
+        raise ConfigError(
+            f"what answers at {place} is no Ray: correct runtime.address (ray start --head says it; its port "
+            "is 6379 unless another was asked for)"
+        )
 
 
 def check_room(config: Config) -> None:
     """Raise ConfigError if the whole cluster, were it empty, has no place for the smallest form of a run.
 
-    A cluster that grows by itself is given ``runtime.wait_seconds`` to do so.
+    A cluster that grows by itself hears what is asked for, and is given ``runtime.wait_seconds``.
     """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    ranks, sampler = [rank_request(config)] * config.runtime.learner_ranks, sampler_request(config)
+    bundles = [request.bundle for request in (*ranks, sampler) if request.bundle]
+    if not _missing(config):
+        return
+    asked = placement_group(bundles) if config.runtime.address else None
+    end = time.monotonic() + config.runtime.wait_seconds
+    try:
+        while missing := _missing(config):
+            if asked is None or time.monotonic() > end:
+                remedy = REMEDY if config.runtime.address else REMEDY_HERE
+                raise ConfigError(
+                    f"the Ray cluster is too small: {needs_text(config)} need {missing}; {remedy}"
+                )
+            time.sleep(1.0)
+    finally:
+        if asked is not None:
+            remove_placement_group(asked)
+
+
+def _missing(config: Config) -> str:
+    """What the cluster lacks, in words; empty if it has enough of everything."""
     ray, needed = import_ray(), smallest(config).bundle
-    end = time.monotonic() + (config.runtime.wait_seconds if config.runtime.address else 0.0)
-    while True:
-        there = ray.cluster_resources()
-        missing = {name: value for name, value in needed.items() if there.get(name, 0.0) < value}
-        if not missing:
-            return
-        if time.monotonic() > end:
-            break
-        time.sleep(1.0)
-    said = ", ".join(
-        f"{value:g} {name}s, and it has {there.get(name, 0.0):g}" for name, value in missing.items()
-    )
-    raise ConfigError(f"the Ray cluster is too small: {needs_text(config)} need {said}; {REMEDY}")
+    there = ray.cluster_resources()
+    lacking = [
+        f"{value:g} {name}s, and it has {there.get(name, 0.0):g}"
+        for name, value in needed.items()
+        if there.get(name, 0.0) < value
+    ]
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for who, request in (("a rank", rank_request(config)), ("a sampler", sampler_request(config))):
+        if not any(all(m.get(n, 0.0) >= v for n, v in request.bundle.items()) for m in machines):
+            lacking.append(f"a machine with {request} for {who}, and there is none")
+    return ", ".join(lacking)
 
 
+REMEDY_HERE = "lower runtime.learner_ranks, runtime.rank_gpus or runtime.sampler_gpus, or join a cluster"
 REMEDY = (
     "add machines (ray start --address), or lower runtime.learner_ranks, runtime.rank_cpus or "
     "runtime.sampler_cpus (or …_gpus)"
@@ -153,7 +234,10 @@ def reason_of(error: object) -> str:
 
     if not isinstance(error, RayActorError):
         return str(error).partition("\n")[0][:300]
-    said = str(error).lower()
-    if "node has died" in said:
+    said = str(error)
+    if "node has died" in said.lower():
         return "its machine is gone"
-    return "Ray could not start it" if "creation task" in said else "its process is gone"
+    if "creation task" not in said.lower():
+        return "its process is gone"
+    last = said.strip().splitlines()[-1].strip()[:300]
+    return f"Ray could not start it: {last}; is vcpo installed there, for the same Python?"

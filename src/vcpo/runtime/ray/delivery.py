@@ -191,8 +191,8 @@ class ByBroadcast:
         self._group, self._failures = [], self._failures + 1
         if self._failures > self._allowed:
             raise WorkerError(
-                f"the broadcast of weights failed for the {self._failures}th time in a row "
-                f"(runtime.restarts): {troubles[0]}; sampler.transfer = 'files' does without"
+                f"{self._failures} broadcasts of weights in a row failed (runtime.restarts): "
+                f"{troubles[0]}; sampler.transfer = 'files' does without"
             )
         self._note(f"a broadcast of weights failed, and the object store carries them: {troubles[0]}")
 

@@ -61,6 +61,8 @@ class Places:
                 f"the Ray cluster had no room for {needs_text(self._config)} within {seconds:g} s "
                 f"(runtime.wait_seconds): {taken_text()}; {REMEDY}"
             ) from None
+        except RayError as error:
+            raise WorkerError(f"Ray has no place for the learner any more: {reason_of(error)}") from error
 
     def at(self, rank: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)

@@ -16,13 +16,14 @@ from vcpo.monitor.progress import Progress
 from vcpo.pipeline.controller import Controller
 from vcpo.pipeline.fleet import Fleet
 from vcpo.pipeline.ports import Arrivals
+from vcpo.pipeline.processes import elsewhere
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
 from vcpo.runtime.interrupts import stop_in_order, stop_on_signals
 from vcpo.runtime.ray.cluster import check_room
 from vcpo.runtime.ray.learner import Places, RayLearner
 from vcpo.runtime.ray.samplers import Samplers
-from vcpo.runtime.ray.scale import forget, wanted_samplers
+from vcpo.runtime.ray.scale import heard
 from vcpo.runtime.tasks import unless
 
 SCALE_SECONDS = 1.0
@@ -34,7 +35,6 @@ class _Run:
 
     def __init__(self, config: Config, run: RunFolder, progress: Progress, *, resume: bool) -> None:
         self._config, self._run, self._progress, self._resume = config, run, progress, resume
-        self._begun_at = time.perf_counter()
         self._controller: Controller | None = None
         self._training: asyncio.Task[dict[str, Any]] | None = None
 
@@ -51,7 +51,6 @@ class _Run:
     async def _lives(self) -> dict[str, Any]:
         """One life of the learner after another."""
         samplers, places = Samplers(self._config, self._run, self._progress.note), Places(self._config)
-        forget(self._run)
         failures, resume, reached = 0, self._resume, -1
         try:
             while True:
@@ -59,7 +58,7 @@ class _Run:
                     return await self._life(samplers, places, resume)
                 except LearnerLost as lost:
                     version = self._controller.version if self._controller else -1
-                    failures = failures + 1 if version <= reached else 1
+                    failures = failures + 1 if version <= reached else 0
                     reached, resume = max(reached, version), True
                     if failures > self._config.runtime.restarts:
                         raise
@@ -71,6 +70,7 @@ class _Run:
     async def _life(self, samplers: Samplers, places: Places, resume: bool) -> dict[str, Any]:
         config, progress = self._config, self._progress
         self._controller = None
+        begun_at = time.perf_counter()
         progress.phase("loading", None)
         await places.ready()
         warming = WarmStartPhase(progress, config.warm_start.steps)
@@ -79,7 +79,7 @@ class _Run:
             begun, initial = await learner.begin(resume)
             arrivals: Arrivals = asyncio.Queue()
             fleet = Fleet(timeout_seconds=config.runtime.timeout_seconds)
-            parts = Parts(learner, fleet, arrivals, begun, initial, self._begun_at)
+            parts = Parts(learner, fleet, arrivals, begun, initial, begun_at)
 
             failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -101,14 +101,13 @@ class _Run:
     async def _scale(self, samplers: Samplers) -> None:
         """Follow what ``vcpo scale`` asks for."""
         while True:
-            wanted = wanted_samplers(self._run)
-            if wanted is not None:
+            if (wanted := heard(self._run)) is not None:
                 await samplers.scale(wanted)
             await asyncio.sleep(SCALE_SECONDS)
 
 
 def train_connected(config: Config, run: RunFolder, progress: Progress, *, resume: bool) -> dict[str, Any]:
     """Train on the cluster that this process is connected to."""
-    run_here = RunFolder(run.path.resolve())  # actors have other working folders
+    run_here, config = RunFolder(run.path.resolve()), elsewhere(config)  # actors have other working folders
     check_room(config)
     return asyncio.run(_Run(config, run_here, progress, resume=resume)())

@@ -4,7 +4,8 @@ Ray has restarted it. Their number may change while a run goes on.
 =============== ============================== ================================ ========================
 who             waits for                      woken by                         gives up after
 =============== ============================== ================================ ========================
-slot            a place in the cluster         Ray                              never: the others work
+slot            a place in the cluster         Ray                              never if another has one;
+                                                                                else runtime.wait_seconds
 slot            the engine to be ready         the actor                        runtime.timeout_seconds,
                                                                                 then it is restarted
 slot            the end of its sampler         any call that finds it gone      never
@@ -28,14 +29,14 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from vcpo import __version__
 from vcpo.config import Config
-from vcpo.errors import EngineLost, SamplerLost, WorkerError
+from vcpo.errors import ConfigError, EngineLost, SamplerLost, VcpoError, WorkerError
 from vcpo.pipeline.fleet import Fleet
 from vcpo.pipeline.ports import Arrivals, Publication
 from vcpo.pipeline.processes import sampler_request
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.runtime.ray.actors import SamplerActor
-from vcpo.runtime.ray.cluster import reason_of
+from vcpo.runtime.ray.cluster import REMEDY, reason_of, taken_text
 from vcpo.runtime.ray.delivery import Delivery
 from vcpo.runtime.replies import Reply, error_of
 
@@ -65,8 +66,9 @@ class RaySampler:
         self._name, self._actor, self._arrivals, self._log = name, actor, arrivals, log_path
         self._delivery = delivery
         self._on_error = on_error
-        self._busy = 0.0
-        self._waiting = 0
+        self._busy, self._before = 0.0, 0.0
+        """Engine time in this life of the sampler, and before it: for a learner that is gone."""
+        self._asked: set[asyncio.Future[Reply]] = set()
         """Answers that are waited for."""
         self._collecting: set[asyncio.Task[None]] = set()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -83,17 +85,18 @@ class RaySampler:
         return self._busy
 
     async def begin(self, *settings: Any) -> None:
-        await self._call("begin", *settings)
+        self._before = (await self._call("begin", *settings))["busy"]
 
     def publish(self, publication: Publication) -> Awaitable[str]:
         return self._delivery.to(self, publication)
 
     def take(self, publication: Publication) -> asyncio.Future[str]:
         sent = self._call("publish", publication.version, publication.source, publication.probe)
-        return asyncio.ensure_future(self._checksum(sent))
+        return asyncio.ensure_future(self._checksum(publication, sent))
 
-    async def _checksum(self, sent: Awaitable[Reply]) -> str:
-        return (await sent)["checksum"]
+    async def _checksum(self, publication: Publication, sent: Awaitable[Reply]) -> str:
+        checksum = (await sent)["checksum"]
+        return publication.checksum if checksum is None else checksum  # None: it serves newer weights
 
     async def ranks(self) -> int:
         return (await self._call("ranks"))["ranks"]
@@ -130,15 +133,20 @@ class RaySampler:
         return self._answer(reference)
 
     async def _answer(self, reference: Any) -> Reply:
-        self._waiting += 1
+        answer = asyncio.ensure_future(_answer_of(reference))
+        self._asked.add(answer)
         try:
-            return self._checked(await reference)
+            return self._checked(await answer)
+        except asyncio.CancelledError:
+            if not (self.lost.done() and answer.cancelled()):  # it is not the sampler that is given up
+                raise
         except (RayError, SamplerLost) as error:
             self.gone(error)
         except EngineLost as error:
             self.kill(f"it has no engine any more: {error}")
         finally:
-            self._waiting -= 1
+            self._asked.discard(answer)
+            answer.cancel()
         raise SamplerLost(f"{self._name} {self.lost.result()}")
 
     def _checked(self, reply: Reply) -> Reply:
@@ -147,8 +155,11 @@ class RaySampler:
         return reply
 
     def gone(self, why: object) -> None:
+        """Wait for none of its answers: to what is asked while Ray restarts it, it answers much later."""
         if not self.lost.done():
             self.lost.set_result(f"is gone ({reason_of(why)}); see {self._log}")
+        for answer in self._asked:
+            answer.cancel()
 
     async def watch(self, timeout: float) -> None:
         """Ask for signs of life until there are none for ``timeout`` seconds; then have Ray restart it."""
@@ -156,12 +167,13 @@ class RaySampler:
         progress, moved = (self._busy, self.groups), loop.time()
         while not self.lost.done():
             try:
-                self._busy = self._checked(await asyncio.wait_for(self._actor.busy.remote(), timeout))["busy"]
+                reply = self._checked(await asyncio.wait_for(self._actor.busy.remote(), timeout))
+                self._busy = reply["busy"] - self._before
             except TimeoutError:
                 self.kill(f"it did not answer for {timeout:g} s (runtime.timeout_seconds)")
             except (RayError, SamplerLost) as error:
                 self.gone(error)
-            if not self._waiting or progress != (self._busy, self.groups):
+            if not self._asked or progress != (self._busy, self.groups):
                 progress, moved = (self._busy, self.groups), loop.time()
             elif loop.time() - moved > timeout:
                 self.kill(f"it did nothing for {timeout:g} s (runtime.timeout_seconds)")
@@ -177,6 +189,10 @@ class RaySampler:
         """Wait for nothing any more."""
         for collecting in self._collecting:
             collecting.cancel()
+
+
+async def _answer_of(reference: Any) -> Any:
+    return await reference
 
 
 class Samplers:
@@ -199,6 +215,12 @@ class Samplers:
         self._slots: dict[int, asyncio.Task[None]] = {}
         self._serve: Callable[[int], Awaitable[None]] | None = None
         self.wanted = config.runtime.samplers
+        self._joined = False
+        """Whether any sampler has ever joined a fleet."""
+        self._refused: dict[int, VcpoError] = {}
+        """Errors of samplers that could not begin, until they can."""
+        self._placed: set[int] = set()
+        """Samplers that the cluster has had a place for."""
 
     def serve(
         self,
@@ -290,26 +312,54 @@ class Samplers:
             finally:
                 sampler.drop()
             why = sampler.lost.result()
-            failures = 1 if sampler.groups else failures + 1
-            self._note(f"{name} {why}")
+            failures = 0 if sampler.groups else failures + 1
+            if not self._joined and self._refused.keys() >= set(range(self.wanted)):
+                raise self._refused[number]  # it is not the machine of one of them
             if failures > self._config.runtime.restarts:
+                times = f"{failures} times in a row" if failures > 1 else "once"
                 raise WorkerError(
-                    f"{name} {why}, for the {failures}th time in a row without having finished a group "
-                    "(runtime.restarts)"
+                    f"{name} {why}; that was {times} without having finished a group (runtime.restarts)"
                 )
+            self._note(f"{name} {why}")
 
-    async def _begun(self, sampler: RaySampler, actor: Any, number: int, policy: str) -> bool:
-        """Whether the sampler is ready; false if it died on the way."""
+    async def _here(self, sampler: RaySampler, actor: Any, number: int) -> bool:
+        """Whether Ray has found a place for the actor; false if it could not start it.
+
+        Raises ConfigError if there is none for any sampler within runtime.wait_seconds.
+        """
+        limit: float | None = self._config.runtime.wait_seconds
+        here = asyncio.ensure_future(_answer_of(actor.here.remote()))
         while True:
+            await asyncio.wait([here], timeout=limit)
+            if not here.done():
+                needed = f"a sampler ({sampler_request(self._config)})"
+                if not self._placed:
+                    here.cancel()
+                    raise ConfigError(
+                        f"the Ray cluster had no room for {needed} within {limit:g} s "
+                        f"(runtime.wait_seconds): {taken_text()}; {REMEDY}"
+                    )
+                self._note(f"{sampler.name} waits for a place: {needed}, and {taken_text()}")
+                limit = None
+                continue
             try:
-                await actor.here.remote()
-                break
+                here.result()
             except ActorUnavailableError:  # Ray is restarting it
                 await asyncio.sleep(PAUSE_SECONDS)
+                here = asyncio.ensure_future(_answer_of(actor.here.remote()))
             except RayActorError as error:  # Ray has given it up
                 sampler.gone(error)
+                self._refused[number] = WorkerError(f"{sampler.name} {sampler.lost.result()}")
                 self._actors[number] = self._actor_class.remote(sampler.name)
                 return False
+            else:
+                self._placed.add(number)
+                return True
+
+    async def _begun(self, sampler: RaySampler, actor: Any, number: int, policy: str) -> bool:
+        """Whether the sampler is ready; false if it died on the way, or could not begin."""
+        if not await self._here(sampler, actor, number):
+            return False
         share = (number, self._config.runtime.samplers)
         description = self._config.model_dump(mode="json")
         beginning = asyncio.ensure_future(
@@ -322,12 +372,18 @@ class Samplers:
         except TimeoutError:
             sampler.kill(f"it was not ready within {self._timeout:g} s (runtime.timeout_seconds)")
             return False
+        except VcpoError as error:
+            self._refused[number] = error
+            sampler.kill(f"it could not begin: {error}")
+            return False
+        self._refused.pop(number, None)
         return True
 
     async def _live(self, sampler: RaySampler, fleet: Fleet) -> None:
         watching = asyncio.ensure_future(sampler.watch(PATIENCE * self._timeout))
         try:
             await fleet.join(sampler)
+            self._joined = True
             await asyncio.shield(sampler.lost)
             await fleet.leave(sampler.name, sampler.lost.result())
         finally:
