@@ -10,6 +10,7 @@ from pathlib import Path
 import playing
 import pytest
 import tiny
+import torch
 from playing import NEVER, config_of, count, expected_of, kill_server, probe_of, tokens_given, until
 from transformers import PreTrainedModel
 
@@ -92,6 +93,19 @@ def test_the_probe_finds_the_old_tied_head_that_vllms_own_reload_leaves(
             await server.post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
             with pytest.raises(PublicationError, match="does not serve version 3"):
                 await sampler._prober.check(server, 3, probe_of(tied_llama(3)))
+        await serve(sampler, 3)
+
+    runner.run(run())
+
+
+def test_a_tied_head_after_an_update_that_broke_off(runner: asyncio.Runner, sampler: VllmSampler) -> None:
+    async def run() -> None:
+        await serve(sampler, 1)
+        wrong = weight_tensors(tied_llama(2))
+        wrong["model.layers.1.self_attn.v_proj.weight"] = torch.zeros(3, 3)
+        with pytest.raises(WorkerError, match="answered /update_weights with 500"):
+            await sampler.update(2, wrong)
+        await sampler.generate([5, 6, 7], max_tokens=2, stop=NEVER, seed=0)
         await serve(sampler, 3)
 
     runner.run(run())

@@ -176,3 +176,22 @@ def test_weights_of_another_shape_are_refused_and_the_server_goes_on(served: str
             await serve(sampler, 3)
 
     asyncio.run(run())
+
+
+def test_after_an_update_that_breaks_off_anywhere_the_server_goes_on_and_takes_the_next(
+    served: str, model: Path
+) -> None:
+    """As a broadcast does when another server is lost: some layers are whole by then, one has half of its
+    tensors."""
+
+    async def run() -> None:
+        async with sampling(config_of(model, urls=[served])) as sampler:
+            for version, name in enumerate(sorted(weights_of(0)), start=1):
+                wrong = weights_of(version)
+                wrong[name] = wrong[name].new_zeros(3, *wrong[name].shape)
+                with pytest.raises(WorkerError, match="answered /update_weights with 500"):
+                    await sampler.update(100 + version, wrong)
+                await sampler.generate(PROMPTS[0], max_tokens=2, stop=NEVER, seed=0)
+                await serve(sampler, version)
+
+    asyncio.run(run())

@@ -26,8 +26,9 @@ from vllm.distributed.weight_transfer.factory import (  # pyright: ignore[report
     WeightTransferEngineFactory,
 )
 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.model_loader.reload.layerwise import (  # pyright: ignore[reportMissingImports]
     finalize_layerwise_reload,
+    get_layerwise_info,
     initialize_layerwise_reload,
 )
 
@@ -80,8 +81,21 @@ class VcpoWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         global _last_digest
         digest = hashlib.blake2b(digest_size=8)
         tensors = _from_file(update_info.path) if update_info.path else self._broadcast(update_info)
-        self.model.load_weights(_digesting(tensors, digest))
+        try:
+            self.model.load_weights(_digesting(tensors, digest))
+        except BaseException:
+            self._break_off()
+            raise
         _last_digest = digest.hexdigest()
+
+    def _break_off(self) -> None:
+        """Layers that were not whole yet get their old tensors back. What is left of the layers would break
+        vLLM at its next token, and the next update would be added to it."""
+        for layer in self.model.modules():
+            if (info := get_layerwise_info(layer)).can_load():
+                info.load_numel = 0
+                info.loaded_weights.clear()
+        self.finish_weight_update()
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
