@@ -32,6 +32,7 @@ from vcpo.monitor.sinks import read_metrics
 from vcpo.pipeline.processes import elsewhere
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.runtime import train
+from vcpo.runtime.ray import cluster as cluster_module
 from vcpo.runtime.ray.scale import FILE, heard, scale
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -376,6 +377,19 @@ def test_what_answers_but_is_no_ray_is_named(tmp_path: Path) -> None:
         place = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ConfigError, match=rf"no Ray cluster answers at {place} \(timed out\)"):
             train(config_of(None, tmp_path, runtime__address=place))
+
+
+def test_a_cluster_that_others_cannot_reach_is_looked_for_on_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where Ray would look by itself, nobody answers, and it would wait for minutes."""
+    with socket.create_server(("127.0.0.2", 0)) as listening:
+        port = listening.getsockname()[1]
+        monkeypatch.setattr(cluster_module, "ELSEWHERE", ("127.0.0.3", 80))  # reached from 127.0.0.1
+        assert cluster_module._is_on_loopback_alone("127.0.0.2", port)
+        assert not cluster_module._is_on_loopback_alone("10.0.0.1", port)
+    with socket.create_server(("0.0.0.0", 0)) as listening:
+        assert not cluster_module._is_on_loopback_alone("127.0.0.1", listening.getsockname()[1])
 
 
 def test_paths_are_whole_for_processes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

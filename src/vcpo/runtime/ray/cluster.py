@@ -9,6 +9,7 @@ run code on it, so its ports belong behind a firewall, with that token asked for
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import shutil
@@ -24,12 +25,15 @@ from vcpo.pipeline.processes import rank_request, sampler_request, smallest
 
 CONNECT_SECONDS = 5.0
 """How long the port of a cluster may take to answer: Ray itself would wait for many minutes."""
+ELSEWHERE = ("8.8.8.8", 80)
+"""No packet goes there: the system is asked by which of its addresses one would, as Ray asks it."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """How a conversation over HTTP/2, as Ray has them, begins: with settings, of which there are none."""
 SETTINGS = 4
 """The type of the frame that answers it."""
-LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""What makes Ray listen on 127.0.0.1, as it does by itself on macOS and Windows."""
+LOOPBACK_ALONE = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+"""What makes Ray listen on 127.0.0.1, as it does by itself on macOS and Windows, and look there. Without it
+Ray reads 127.0.0.1 as the machine's address in its network."""
 
 
 def import_ray() -> Any:
@@ -50,10 +54,8 @@ def connected(config: Config) -> Iterator[None]:
     Raises ConfigError if there is no cluster at the address.
     """
     address = config.runtime.address
-    if not address:
-        os.environ.update(
-            {k: os.environ.get(k, v) for k, v in LOOPBACK_ALONE.items()}
-        )  # before Ray is imported
+    if not address or _is_on_loopback_alone(*_greeted(address)):
+        os.environ.setdefault(*LOOPBACK_ALONE)  # before Ray is imported
     ray = import_ray()
     common: dict[str, Any] = {
         "log_to_driver": False,
@@ -126,30 +128,47 @@ def _place_of(address: str) -> str:
     return found
 
 
-def _connect(ray: Any, address: str, settings: dict[str, Any]) -> None:
+def _greeted(address: str) -> tuple[str, int]:
+    """The IP address and the port at which the cluster has answered."""
     place = _place_of(address)
     host, _, port = place.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(
             f"runtime.address = {place!r} is no address: write HOST:PORT (ray start --head says it)"
         )
-    _greet(host, int(port))
+    return _greet(host, int(port)), int(port)
+
+
+def _is_on_loopback_alone(ip: str, port: int) -> bool:
+    """Whether nobody answers at the address that this machine has for others."""
+    if not ipaddress.ip_address(ip).is_loopback:
+        return False
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.connect(ELSEWHERE)
+        with socket.create_connection((asking.getsockname()[0], port), CONNECT_SECONDS):
+            return False
+    return True
+
+
+def _connect(ray: Any, address: str, settings: dict[str, Any]) -> None:
     try:
         ray.init(address=address, **settings)  # for auto, Ray finds this user's token too
     except Exception as error:  # Ray has no class of its own for these
         raise ConfigError(
-            f"cannot join the Ray cluster at {place}: {error}; if it asks for a token, set "
+            f"cannot join the Ray cluster at {_place_of(address)}: {error}; if it asks for a token, set "
             "RAY_AUTH_MODE=token here, and have the same token as the cluster (ray get-auth-token)"
         ) from error
 
 
-def _greet(host: str, port: int) -> None:
-    """Raise ConfigError if no Ray answers there. Ray itself would wait for many minutes."""
+def _greet(host: str, port: int) -> str:
+    """The IP address at which a Ray answered. Raises ConfigError if none does; Ray itself would wait for many
+    minutes."""
     place, answer = f"{host}:{port}", b""
     try:
         with socket.create_connection((host, port), CONNECT_SECONDS) as connection:
+            ip = connection.getpeername()[0]
             if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-                return  # it does not talk to strangers
+                return ip  # it does not talk to strangers
             connection.sendall(PREFACE)
             while len(answer) < 4 and (more := connection.recv(4 - len(answer))):
                 answer += more
@@ -163,6 +182,7 @@ def _greet(host: str, port: int) -> None:
             f"what answers at {place} is no Ray: correct runtime.address (ray start --head says it; its port "
             "is 6379 unless another was asked for)"
         )
+    return ip
 
 
 def check_room(config: Config) -> None:
