@@ -42,8 +42,15 @@ class WeightGroup:
         self.broadcast(torch.zeros(1, device=device))  # NCCL connects at its first call
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Fill ``tensor`` with rank 0's."""
-        self._group.broadcast([tensor], self._options).wait()
+        """Fill ``tensor`` with rank 0's. Raises RuntimeError if a rank is gone or does not answer in time;
+        this one then leaves, so that who waits for this one fails too."""
+        if self._group is None:
+            raise RuntimeError("this rank has left the broadcast, which failed")
+        try:
+            self._group.broadcast([tensor], self._options).wait()
+        except BaseException:
+            self._group = None  # not by forgetting this object: the error's traceback holds it
+            raise
 
 
 def _group(store: Any, rank: int, world_size: int, device: str, timeout: datetime.timedelta) -> Any:
