@@ -118,12 +118,26 @@ def tokens_given(url: str) -> float:
 
 
 def servers_of(marker: object) -> list[int]:
-    """Process ids of the vLLM servers with ``marker`` (a model's folder) on their command line."""
+    """Process ids of the vLLM servers with ``marker`` (a model's folder) on their command line, each of which
+    leads a group of processes."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
+            process = int(entry.parent.name)
             words = entry.read_bytes().decode(errors="replace").split("\0")
-            if any(w.endswith("launch.py") for w in words) and any(str(marker) in w for w in words):
+            ours = any(w.endswith("launch.py") for w in words) and any(str(marker) in w for w in words)
+            if ours and os.getpgid(process) == process:
+                found.append(process)
+    return found
+
+
+def left_of(group: int) -> list[int]:
+    """The processes of a server that are alive; its engine has no marker on its command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(of) == group and state != "Z":
                 found.append(int(entry.parent.name))
     return found
 

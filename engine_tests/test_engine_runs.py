@@ -101,12 +101,17 @@ def test_on_ray_a_lost_server_is_replaced_and_the_broadcast_finds_it(
         done = steps_of(run)
         wait_until(lambda: steps_of(run) >= done + STEPS or training.poll() is not None)
         assert training.poll() is None, training.communicate()
+        last = playing.servers_of(run)
+        assert len(last) == 2
+        assert all(len(playing.left_of(group)) >= 3 for group in last)
         training.send_signal(signal.SIGINT)
         output, errors = training.communicate(timeout=playing.PATIENCE)
     finally:
         training.kill()
     assert "it has no engine any more: vLLM server 0 at http://127.0.0.1:" in output + errors
     assert playing.servers_of(run) == []
+    for group in (first, *last):
+        wait_until(lambda group=group: playing.left_of(group) == [])
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert all(abs(row["ess_ratio"] - 1) < 1e-3 for row in rows if row["lag_max"] == 0)

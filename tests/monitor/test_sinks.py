@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,7 @@ def test_resuming_tells_tensorboard_to_forget_what_it_had(tmp_path: Path):
     write_steps(tmp_path, 1, 6, reward=0.0)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which have the second
     with MetricsWriter(tmp_path, resume_step=3) as writer:
         writer.write({"step": 4, "reward": 0.5})
     events.Reload()
