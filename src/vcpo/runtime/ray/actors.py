@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,12 @@ class SamplerActor:
         self._served = asyncio.Condition()
         self._updating = asyncio.Lock()
         self._playing: set[asyncio.Task[Any]] = set()
+        self._life = uuid.uuid4().hex
 
-    async def here(self) -> None:
-        """Answers as soon as Ray has found a place for the actor."""
+    async def here(self) -> str:
+        """Answers as soon as Ray has found a place for the actor, with what tells this process from the one
+        before."""
+        return self._life
 
     async def begin(
         self, config: dict[str, Any], run_folder: str, version: str, policy: str, share: tuple[int, int]

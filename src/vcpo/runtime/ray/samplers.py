@@ -75,6 +75,9 @@ class RaySampler:
         """Set to the reason when the actor is found to be gone."""
         self.groups = 0
         """Finished in this life."""
+        self.life = ""
+        """What tells this life from others; empty until Ray has found a place for it."""
+        self.killed = False
 
     @property
     def name(self) -> str:
@@ -183,6 +186,7 @@ class RaySampler:
         """Have Ray restart the actor."""
         if not self.lost.done():
             self.gone(why)
+            self.killed = True
             ray.kill(self._actor, no_restart=False)
 
     def drop(self) -> None:
@@ -221,6 +225,8 @@ class Samplers:
         """Errors of samplers that could not begin, until they can."""
         self._placed: set[int] = set()
         """Samplers that the cluster has had a place for."""
+        self._killed: dict[int, str] = {}
+        """The last life of each that was killed, which may answer for a moment yet."""
 
     def serve(
         self,
@@ -311,6 +317,8 @@ class Samplers:
                     await self._live(sampler, fleet)
             finally:
                 sampler.drop()
+                if sampler.killed:
+                    self._killed[number] = sampler.life
             why = sampler.lost.result()
             failures = 0 if sampler.groups else failures + 1
             if not self._joined and self._refused.keys() >= set(range(self.wanted)):
@@ -328,8 +336,8 @@ class Samplers:
         Raises ConfigError if there is none for any sampler within runtime.wait_seconds.
         """
         limit: float | None = self._config.runtime.wait_seconds
-        here = asyncio.ensure_future(_answer_of(actor.here.remote()))
         while True:
+            here = asyncio.ensure_future(_answer_of(actor.here.remote()))
             await asyncio.wait([here], timeout=limit)
             if not here.done():
                 needed = f"a sampler ({sampler_request(self._config)})"
@@ -341,20 +349,21 @@ class Samplers:
                     )
                 self._note(f"{sampler.name} waits for a place: {needed}, and {taken_text()}")
                 limit = None
-                continue
+                await asyncio.wait([here])
             try:
-                here.result()
-            except ActorUnavailableError:  # Ray is restarting it
-                await asyncio.sleep(PAUSE_SECONDS)
-                here = asyncio.ensure_future(_answer_of(actor.here.remote()))
+                sampler.life = here.result()
+            except ActorUnavailableError:
+                pass  # Ray is restarting it
             except RayActorError as error:  # Ray has given it up
                 sampler.gone(error)
                 self._refused[number] = WorkerError(f"{sampler.name} {sampler.lost.result()}")
                 self._actors[number] = self._actor_class.remote(sampler.name)
                 return False
             else:
-                self._placed.add(number)
-                return True
+                if sampler.life != self._killed.get(number):
+                    self._placed.add(number)
+                    return True
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def _begun(self, sampler: RaySampler, actor: Any, number: int, policy: str) -> bool:
         """Whether the sampler is ready; false if it died on the way, or could not begin."""
