@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import Cell, make_grid, parse_methods
 from vcpo.compare.page import write_page
 from vcpo.compare.results import Result, known_results, result_of, summarise, write_results
-from vcpo.compare.table import lines, markdown
+from vcpo.compare.table import lines, markdown, rich_table
 from vcpo.config import Config, apply_overrides, load_config
 from vcpo.monitor.sinks import MetricsWriter
 
@@ -130,3 +132,19 @@ def test_a_table_in_markdown_keeps_its_columns_whatever_a_label_has_in_it(tmp_pa
     header, rule, line = markdown(summarise([result_of(cell) for cell in cells])).splitlines()[:3]
     assert header.count("|") == rule.count("|") == line.replace("\\|", "").count("|") == 11
     assert "a\\|b" in line
+
+
+def test_the_table_can_be_read_in_80_columns(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, "vcpo,vcpo-taper[learner.learning_rate=8e-4]", 2)
+    results = [finished(cell, after) for cell, after in zip(cells, (0.5, 1.0, 0.9, 0.8), strict=True)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(rich_table(summarise(results)))
+    text = console.export_text()
+    by_start = {tuple(line.split()[:2]): line for line in text.splitlines() if line.strip()}
+    first, second = by_start["8", "vcpo"], by_start["8", "vcpo-taper"]
+    # Seeds come one after the other: 0.5 and 0.9, 1.0 and 0.8.
+    assert first.split()[2:] == ["2", "70.0", "%", "70.0", "%", "0.469", "0.625", "0", "of", "2"]
+    assert second.split()[2:] == ["2", "90.0", "%", "90.0", "%", "0.469", "0.625", "0", "of", "2"]
+    column = slice(second.index("vcpo-taper"), second.index("2 "))
+    name = "".join(line[column].strip() for line in text[text.index(second) :].splitlines()[:4])
+    assert name.startswith("vcpo-taper[learner.learning_rate=8e-4]")
