@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import best_rate
+from benchmarks.lag_figure import draw_lags
 from vcpo.monitor.statistics import student_interval
 
 PAGES = Path("docs/evidence")
@@ -222,31 +223,21 @@ def with_tables(page: str, data: Path) -> str:
     return _BLOCK.sub(lambda block: f"{block[1]}\n{table(block['order'], data)}\n", page)
 
 
-def draw_lags(results: Path, figure: Path, methods: Sequence[str] = ()) -> None:
-    """Final sampled accuracy over lags, a line a method that has run at several; every seed is a dot."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
+def draw_study(results: Path, figure: Path) -> None:
+    """The sampled accuracies of a study over lags. A method that ran at several rates is drawn at that
+    with the most lags, and then the most runs; one without a second lag is not drawn."""
     cells = Cells(completed_rows(results))
-    lags = cells.lags
-    drawing = Figure(figsize=(7.2, 3.6), layout="constrained")
-    FigureCanvasSVG(drawing)
-    axes = drawing.add_subplot()
+    chosen: dict[str, Mapping[int, Sequence[float]]] = {}
+
+    def size(points: Mapping[int, Sequence[float]]) -> tuple[int, int]:
+        return len(points), sum(map(len, points.values()))
+
     for method in cells.methods:
-        known = [lag for lag in lags if cells.by_seed(method, lag)]
-        if len(known) == 1 or (methods and plain_name(method) not in methods):
-            continue
-        means = [cells.mean(method, lag, SAMPLED) for lag in known]
-        line = axes.plot([lags.index(lag) for lag in known], means, label=_shown(method))[0]
-        dots = [(lags.index(lag), value) for lag in known for value in cells.values(method, lag, SAMPLED)]
-        axes.plot(*zip(*dots, strict=True), "o", markersize=3, color=line.get_color(), alpha=0.6)
-    axes.set_xticks(range(len(lags)), list(map(str, lags)))
-    axes.set_xlabel("policy lag, steps")
-    axes.set_ylabel("sampled accuracy after training")
-    axes.set_ylim(0, 1)
-    axes.legend(frameon=False, ncols=2, fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
-    drawing.savefig(figure, metadata={"Date": None})
+        points = {lag: cells.values(method, lag, SAMPLED) for lag in cells.lags if cells.by_seed(method, lag)}
+        name = plain_name(method)
+        if len(points) > 1 and size(points) > size(chosen.get(name, {})):
+            chosen[name] = points
+    draw_lags(chosen, cells.lags, figure)
 
 
 def main() -> None:
@@ -264,7 +255,7 @@ def main() -> None:
             print(f"{page}: tables written anew")
     for study, figure in (("lag", "lag.svg"), ("lag-collect", "lag-collect.svg")):
         if (results := data / study / "results.jsonl").exists():
-            draw_lags(results, pages / figure)
+            draw_study(results, pages / figure)
             print(f"{pages / figure}: drawn")
 
 

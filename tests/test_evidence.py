@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.evidence_pages import PAGES, cell, draw_lags, plain_name, table, with_tables
+from benchmarks.evidence import ALGORITHMS
+from benchmarks.evidence_pages import PAGES, cell, draw_study, plain_name, table, with_tables
+from benchmarks.lag_figure import GAP, PANELS, spread
 from benchmarks.lead_time import Signal, fall, judge
 from vcpo.monitor.statistics import series
 
@@ -111,10 +113,21 @@ def test_only_what_is_between_the_comments_is_replaced(data: Path) -> None:
 
 
 def test_the_figure_has_the_methods_that_ran_at_several_lags(data: Path, tmp_path: Path) -> None:
-    draw_lags(data / "lag" / "results.jsonl", tmp_path / "lag.svg")
+    draw_study(data / "lag" / "results.jsonl", tmp_path / "lag.svg")
     drawn = (tmp_path / "lag.svg").read_text()
     assert "topr" in drawn
     assert "vcpo" not in drawn
+
+
+def test_every_method_has_a_place_in_one_panel_of_the_figure() -> None:
+    assert sorted(name for own in PANELS.values() for name in own) == sorted(ALGORITHMS)
+
+
+def test_labels_are_moved_apart_and_stay_within_the_figure() -> None:
+    assert spread([0.5, 0.9, 0.5]) == [0.5, 0.9, 0.5 + GAP]
+    assert spread([1.0, 0.99]) == pytest.approx([1.0, 1.0 - GAP])
+    assert spread([0.0, 0.0, 0.0]) == pytest.approx([0.0, GAP, 2 * GAP])
+    assert spread([]) == []
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
