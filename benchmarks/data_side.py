@@ -1,4 +1,4 @@
-"""What choosing the data is worth: dynamic sampling, goldilocks selection, over-provision (APRIL).
+"""What choosing the data is worth: dynamic sampling, goldilocks selection, over-provision, masking.
 
     python -m benchmarks.data_side [--quick] [--json FILE] [--folder FOLDER] [--seeds N] [--repetitions N]
 
@@ -41,6 +41,11 @@ WAYS: dict[str, Settings] = {
     "dynamic sampling": {"pipeline.dynamic_sampling": True},
     "goldilocks": {"pipeline.selection": "goldilocks"},
     "goldilocks, dynamic sampling": {"pipeline.selection": "goldilocks", "pipeline.dynamic_sampling": True},
+    "over-provision": {"pipeline.over_provision": 16},
+    "over-provision, prefixes masked": {
+        "pipeline.over_provision": 16,
+        "learner.mask_off_policy_prefix": True,
+    },
 }
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
@@ -75,7 +80,7 @@ class Scale:
     spare: tuple[int, ...] = SPARE
 
 
-FULL = Scale(600, 25, 512, 350, 3, 60, 5)
+FULL = Scale(600, 25, 512, 350, 5, 60, 5)
 QUICK = Scale(15, 5, 64, 50, 1, 10, 1, tuple(WAYS)[:3], (0, 8))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import Cell, make_grid, parse_methods
 from vcpo.compare.page import write_page
 from vcpo.compare.results import Result, known_results, result_of, summarise, write_results
-from vcpo.compare.table import lines, markdown, rich_table
+from vcpo.compare.table import lines, markdown, overview, rich_tables
 from vcpo.config import Config, apply_overrides, load_config
 from vcpo.monitor.sinks import MetricsWriter
 
@@ -118,10 +120,12 @@ def test_the_page_has_every_figure_and_marks_collapse_and_failure(tmp_path: Path
     for name in [*over_lags, *(f"{name}: Lag {lag}, over steps" for lag in (0, 8) for name in names)]:
         assert f'aria-label="{name}"' in text
     assert "tis, lag 8, seed 1: failed: no &lt;luck&gt;" in text
+    for drawing in re.findall("<svg.*?</svg>", text, re.DOTALL):
+        assert 'class="series m0"' in drawing and 'class="series m1"' in drawing
     collapsed = results[3]
     assert collapsed.collapsed_at is not None and 40 < collapsed.collapsed_at < 70
     assert f"<td>step {collapsed.collapsed_at}</td>" in text
-    for outside in ("http://www", "https://", "<script", "<link", "src="):
+    for outside in ("http://www", "https://", "<script src", "<link", "src="):
         assert outside not in text.replace('xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace(
             'xmlns="http://www.w3.org/2000/svg"', ""
         ), outside
@@ -138,7 +142,8 @@ def test_the_table_can_be_read_in_80_columns(tmp_path: Path) -> None:
     cells = cells_of(tmp_path, "vcpo,vcpo-taper[learner.learning_rate=8e-4]", 2)
     results = [finished(cell, after) for cell, after in zip(cells, (0.5, 1.0, 0.9, 0.8), strict=True)]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(rich_table(summarise(results)))
+    (table,) = rich_tables(summarise(results))  # one lag has no overview
+    console.print(table)
     text = console.export_text()
     by_start = {tuple(line.split()[:2]): line for line in text.splitlines() if line.strip()}
     first, second = by_start["8", "vcpo"], by_start["8", "vcpo-taper"]
@@ -148,3 +153,29 @@ def test_the_table_can_be_read_in_80_columns(tmp_path: Path) -> None:
     column = slice(second.index("vcpo-taper"), second.index("2 "))
     name = "".join(line[column].strip() for line in text[text.index(second) :].splitlines()[:4])
     assert name.startswith("vcpo-taper[learner.learning_rate=8e-4]")
+
+
+def test_the_overview_has_a_line_a_method_the_best_first_and_controls_below_their_own(tmp_path: Path) -> None:
+    def of(method: str, lag: int, family: str = "", *after: float) -> list[Result]:
+        """A result for each accuracy; None stands for a failure."""
+        cells = cells_of(tmp_path / method.replace("+", "-"), method.partition("+")[0], len(after), (lag,))
+        named = [replace(cell, method=method, control_of=family) for cell in cells]
+        return [finished(cell, value) for cell, value in zip(named, after, strict=True)]
+
+    results = [
+        *of("tis", 0, "", 0.5, 0.7), *of("tis", 8, "", 0.4, 0.4),
+        *of("vcpo", 0, "", 0.9, 0.9), *of("vcpo", 8, "", 0.6, 0.8),
+        *of("vcpo+permuted", 8, "vcpo", 0.95, 0.95),
+        *of("grpo", 0, "", 1.0),
+    ]  # fmt: skip
+    failed = result_of(cells_of(tmp_path / "grpo8", "grpo", 1, (8,))[0], "no luck")
+    collapsed = replace(results[3], collapsed_at=3)
+    found = overview(summarise([*results[:3], collapsed, *results[4:], failed]))
+    # Half an interval of two values at a distance d is t · d / 2, and t is 12.706 with one degree of freedom.
+    assert found == [
+        ["method", "lag 0", "lag 8"],
+        ["vcpo", "90 ±0 (2)", "70 ±127 (2)"],
+        ["vcpo+permuted", "–", "95 ±0 (2)"],
+        ["tis", "60 ±127 (2)", "40 ±0 (2) †1"],
+        ["grpo", "100 (1)", "failed (1)"],
+    ]

@@ -36,7 +36,7 @@ from vcpo.compare.results import (
     summarise,
     write_results,
 )
-from vcpo.compare.table import TABLE_FILE, rich_table, write_table
+from vcpo.compare.table import TABLE_FILE, rich_tables, write_table
 from vcpo.config import Config, apply_overrides, load_config
 from vcpo.errors import ConfigError
 from vcpo.monitor import words
@@ -161,7 +161,8 @@ class _Comparison:
         results = list(self._results.values())
         summaries = summarise(results)
         write_page(results, summaries, self._settings, self._grid.recipe, self._out)
-        self._console.print(rich_table(summaries))
+        for table in rich_tables(summaries):
+            self._console.print(table)
         return Outcome(results, self._out, interrupted)
 
 

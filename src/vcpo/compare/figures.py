@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vcpo.compare.results import COMPLETED, FAILED, Result, Summary
-from vcpo.monitor.figures import PALETTE, Draw, from_zero, geometric, log_scale, ticks
+from vcpo.monitor.figures import CLASS, PALETTE, Draw, from_zero, geometric, log_scale, ticks
 from vcpo.monitor.statistics import ema, series
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -31,6 +32,8 @@ class Style:
     """Index into PALETTE."""
     dash: int
     """Index into DASHES."""
+    number: int
+    """Of the method, in the order of the grid."""
 
     @property
     def line(self) -> Mapping[str, Any]:
@@ -39,7 +42,15 @@ class Style:
     @property
     def classes(self) -> str:
         """Of the page's legend."""
-        return f"c{self.colour} d{self.dash}"
+        return f"c{self.colour} d{self.dash} m{self.number}"
+
+    @contextmanager
+    def mark(self, axes: Axes) -> Iterator[None]:
+        """What is drawn meanwhile belongs to the method: the page can show it alone."""
+        before = len(axes.lines)
+        yield
+        for line in axes.lines[before:]:
+            line.set_gid(f"{CLASS}series m{self.number}")
 
 
 def styles_of(results: Sequence[Result]) -> dict[str, Style]:
@@ -53,7 +64,8 @@ def styles_of(results: Sequence[Result]) -> dict[str, Style]:
         if label not in styles:
             colour = colours.setdefault(family, len(colours))
             dash = used[family] = used.get(family, -1) + 1
-            styles[label] = Style(colour % len(PALETTE), (dash + colour // len(PALETTE)) % len(DASHES))
+            dash = (dash + colour // len(PALETTE)) % len(DASHES)
+            styles[label] = Style(colour % len(PALETTE), dash, len(styles))
     return styles
 
 
@@ -101,7 +113,8 @@ def accuracy_over_lags(summaries: Sequence[Summary], key: str, styles: Mapping[s
         for number, (method, style) in enumerate(styles.items()):
             shift = (number - (len(styles) - 1) / 2) * width if len(styles) > 1 else 0.0
             own = [summary for summary in summaries if summary.method == method]
-            _one_over_lags(axes, own, key, style, {lag: i + shift for i, lag in enumerate(lags)})
+            with style.mark(axes):
+                _one_over_lags(axes, own, key, style, {lag: i + shift for i, lag in enumerate(lags)})
         axes.set_xticks(range(len(lags)), list(map(str, lags)))
         axes.set_xlim(-0.5, len(lags) - 0.5)
         axes.set_xlabel("policy lag, steps")
@@ -195,14 +208,9 @@ def _over_steps(
     def draw(axes: Axes) -> bool:
         drawn = False
         for method, style in styles.items():
-            lines = [(r, _smooth(points_of(r), average)) for r in results if r.cell.method == method]
-            for result, line in lines:
-                if line:
-                    drawn = True
-                    _thin_line(axes, result, line, style)
-            done = [line for result, line in lines if result.status == COMPLETED and line]
-            if done:
-                _plot(axes, _mean_line(done), **style.line)
+            own = [(r, _smooth(points_of(r), average)) for r in results if r.cell.method == method]
+            with style.mark(axes):
+                drawn = _one_over_steps(axes, own, style) or drawn
         if drawn:
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(ticks(whole=True))
@@ -210,6 +218,16 @@ def _over_steps(
         return drawn
 
     return draw
+
+
+def _one_over_steps(axes: Axes, lines: Sequence[tuple[Result, list[Point]]], style: Style) -> bool:
+    lines = [(result, line) for result, line in lines if line]
+    for result, line in lines:
+        _thin_line(axes, result, line, style)
+    done = [line for result, line in lines if result.status == COMPLETED]
+    if done:
+        _plot(axes, _mean_line(done), **style.line)
+    return bool(lines)
 
 
 def _smooth(

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from vcpo.compare.results import COMPLETED, FAILED, UNFINISHED, Result, Summary
-from vcpo.compare.table import CAPTION, HEADINGS, lines
+from vcpo.compare.table import (
+    CAPTION,
+    HEADINGS,
+    OVERVIEW_CAPTION,
+    by_method,
+    lags_of,
+    lines,
+    overview,
+)
 from vcpo.monitor import words
 from vcpo.monitor.html import chart, page
 from vcpo.monitor.sinks import write_atomically
 
 PAGE_FILE = "compare.html"
+FEW_LINES = 24
+"""Up to this many lines the table of all methods and lags is open."""
 
 COLLAPSE_RULE = (
     "A run has collapsed if its smoothed training reward ended below half of its best (and its sampled "
@@ -33,6 +44,7 @@ def write_page(
     sections = (
         _unusual(results),
         _settings(recipe, settings),
+        _overview(summaries),
         _table(summaries),
         *_figures(results, summaries),
         _runs(results),
@@ -61,14 +73,43 @@ def _settings(recipe: str, settings: Mapping[str, Any]) -> str:
     return f"<p class=note>{escape(text)}</p>"
 
 
+def _overview(summaries: Sequence[Summary]) -> str:
+    """A line a method and a column a lag, tinted by accuracy."""
+    lags = lags_of(summaries)
+    if len(lags) < 2:
+        return ""
+    headings, *rows = overview(summaries)
+    shades = [
+        [summary.mean("greedy_accuracy_after") if (summary := own.get(lag)) else None for lag in lags]
+        for own in by_method(summaries).values()
+    ]
+    tints = [["", *(f"{mean.value:.2f}" if mean else "" for mean in row)] for row in shades]
+    table = _html_table(headings, rows, tints)
+    return f"<h2>Which method survives which lag</h2>{table}<p class=note>{escape(OVERVIEW_CAPTION)}</p>"
+
+
 def _table(summaries: Sequence[Summary]) -> str:
-    return f"<h2>Results</h2>{_html_table(HEADINGS, lines(summaries))}<p class=note>{escape(CAPTION)}</p>"
+    caption = f"<p class=note>{escape(CAPTION)}</p>"
+    shown = " open" if len(summaries) <= FEW_LINES else ""
+    table = _html_table(HEADINGS, lines(summaries))
+    return f"<details{shown}><summary>Every method at every lag</summary>{table}{caption}</details>"
 
 
-def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _html_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], tints: Sequence[Sequence[str]] = ()
+) -> str:
+    """``tints``: for each cell the strength of its colour, from 0 to 1, or nothing."""
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(
+        f"<tr>{''.join(_cell(*pair) for pair in zip_longest(row, tint, fillvalue=''))}</tr>"
+        for row, tint in zip_longest(rows, tints, fillvalue=())
+    )
     return f"<div class='scroll card'><table class=results><tr>{head}</tr>{body}</table></div>"
+
+
+def _cell(text: str, tint: str) -> str:
+    style = f" class=tinted style='--t:{tint}'" if tint else ""
+    return f"<td{style}>{escape(text)}</td>"
 
 
 def _figures(results: Sequence[Result], summaries: Sequence[Summary]) -> list[str]:
@@ -77,10 +118,12 @@ def _figures(results: Sequence[Result], summaries: Sequence[Summary]) -> list[st
     from vcpo.monitor.figures import svg
 
     styles = figures.styles_of(results)
-    legend = "".join(
-        f"<span class='key {style.classes}'>{escape(label)}</span>" for label, style in styles.items()
+    keys = "".join(
+        f"<button class='key {style.classes}' aria-pressed=false data-method=m{style.number}>"
+        f"{escape(label)}</button>"
+        for label, style in styles.items()
     )
-    sections = [f"<p class=note>{_MARKS}</p>"]
+    sections = [f"<p class=note>{_MARKS}</p>", f"<div class='legend keys'>{keys}</div>"]
     for heading, charts in figures.sections(results, summaries, styles):
         cards = "".join(
             chart(title, subtitle, (), drawing)
@@ -88,9 +131,8 @@ def _figures(results: Sequence[Result], summaries: Sequence[Summary]) -> list[st
             if (drawing := svg(draw, f"{title}: {heading}"))
         )
         if cards:
-            top = f"<h2>{escape(heading)}</h2><p class=legend>{legend}</p>"
-            sections.append(f"{top}<div class=grid>{cards}</div>")
-    return sections
+            sections.append(f"<h2>{escape(heading)}</h2><div class=grid>{cards}</div>")
+    return [*sections, f"<script>{_SCRIPT}</script>"]
 
 
 def _runs(results: Sequence[Result]) -> str:
@@ -118,7 +160,22 @@ def _runs(results: Sequence[Result]) -> str:
     return f"<details><summary>{summary}</summary>{_html_table(headings, rows)}</details>"
 
 
-_MARKS = f"Thin: one seed; thick: their mean. ✖ collapsed, ▼ failed. {COLLAPSE_RULE}"
+_MARKS = (
+    "Thin: one seed; thick: their mean. ✖ collapsed, ▼ failed. Point at a method to see it alone, click to "
+    f"keep it (several can be kept). {COLLAPSE_RULE}"
+)
+
+_SCRIPT = """
+{const keys=[...document.querySelectorAll('.keys button')],kept=new Set;
+const show=names=>{document.body.classList.toggle('some',names.size>0);
+for(const key of keys){const name=key.dataset.method,on=names.has(name);
+key.setAttribute('aria-pressed',kept.has(name));
+document.querySelectorAll('.'+name).forEach(e=>e.classList.toggle('on',on))}};
+for(const key of keys){const name=key.dataset.method;
+key.onpointerenter=key.onfocus=()=>show(new Set([...kept,name]));
+key.onpointerleave=key.onblur=()=>show(kept);
+key.onclick=()=>{kept.delete(name)||kept.add(name);show(kept)}}}
+"""
 
 _CSS = """
 :root{--c0:#2f5fd0;--c1:#d9730d;--c2:#1f8a4c;--c3:#b8327e;--c4:#7048c6;--c5:#0f8b9d;--c6:#8a6d1b;--c7:#5d6878}
@@ -129,10 +186,18 @@ _CSS = """
 .key.d1::before,.key.d2::before,.key.d3::before{background:none;height:0;width:20px;
 border-top:3px dashed var(--c)}
 .key.d2::before{border-top-style:dotted}.key.d3::before{border-top-style:double}
-.legend{font-size:.9rem;margin-bottom:4px}
+.keys{position:sticky;top:0;z-index:1;max-height:26vh;overflow:auto;padding:6px 0;background:var(--page);
+font-size:.9rem}
+.keys button{all:unset;cursor:pointer;border-radius:4px;padding:0 4px}
+.keys button:focus-visible{outline:2px solid var(--accent)}
+.keys button[aria-pressed=true]{font-weight:600}
+.some .key:not(.on),.some .series:not(.on){opacity:.12}
+.tinted{background:color-mix(in srgb,var(--accent) calc(var(--t)*var(--t)*45%),transparent)}
 .note{color:var(--muted);font-size:.85rem;margin:6px 0 12px}
 .results{width:100%;margin:0}
 .results th,.results td{width:auto;padding:4px 14px 4px 0;text-align:left;white-space:nowrap}
 .results th{font-weight:500}
+@media(max-width:759px){.results:has(.tinted) td:first-child{white-space:normal;overflow-wrap:anywhere;
+min-width:8em}}
 details .card{box-shadow:none;padding:0}
 """

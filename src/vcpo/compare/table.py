@@ -1,9 +1,11 @@
-"""The table of a comparison: a line a method and lag, on the terminal and as Markdown."""
+"""The tables of a comparison, on the terminal and as Markdown: a line a method and lag, and, if there are
+several lags, an overview before it: a line a method, a column a lag."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich import box
 from rich.table import Table
@@ -22,6 +24,10 @@ HEADINGS = (
 
 ACCURACIES = ("greedy_accuracy_before", "greedy_accuracy_after", "accuracy_before", "accuracy_after")
 CAPTION = "Means over seeds with 95 % intervals of the mean (Student's t); accuracy is on held-out problems."
+OVERVIEW_CAPTION = (
+    "Greedy accuracy in % after training, by policy lag: mean ± half of its 95 % interval (completed runs); "
+    "† how many collapsed. Best mean over lags first."
+)
 
 
 def lines(summaries: Sequence[Summary]) -> list[list[str]]:
@@ -37,6 +43,47 @@ def lines(summaries: Sequence[Summary]) -> list[list[str]]:
         ]
         for summary in summaries
     ]
+
+
+def lags_of(summaries: Sequence[Summary]) -> list[int]:
+    return sorted({summary.lag for summary in summaries})
+
+
+def by_method(summaries: Sequence[Summary]) -> dict[str, dict[int, Summary]]:
+    """Each method's summaries by lag, in the order of the overview: by the mean over lags of greedy accuracy,
+    the best first; those that have no figure at some lag come last, and controls after their method."""
+    methods: dict[str, dict[int, Summary]] = {}
+    for summary in summaries:
+        methods.setdefault(summary.method, {})[summary.lag] = summary
+    families = {m: next(iter(own.values())).results[0].cell.family for m, own in methods.items()}
+    lags = len(lags_of(summaries))
+
+    def place(method: str) -> tuple[int, float]:
+        own = methods.get(method, {}).values()
+        known = [mean.value for summary in own if (mean := summary.mean("greedy_accuracy_after"))]
+        return lags - len(known), -fmean(known) if known else 0.0
+
+    order = sorted(methods, key=lambda m: (*place(families[m]), families[m], m != families[m]))
+    return {method: methods[method] for method in order}
+
+
+def overview(summaries: Sequence[Summary]) -> list[list[str]]:
+    """Headings, and then a row for every method."""
+    lags = lags_of(summaries)
+    rows = [
+        [method, *(_at_a_lag(own.get(lag)) for lag in lags)] for method, own in by_method(summaries).items()
+    ]
+    return [["method", *(f"lag {lag}" for lag in lags)], *rows]
+
+
+def _at_a_lag(summary: Summary | None) -> str:
+    """``72 ±4 (5) †1``."""
+    mean = summary and summary.mean("greedy_accuracy_after")
+    if summary is None or mean is None:
+        return f"{FAILED} ({n})" if summary and (n := summary.count(FAILED)) else words.NOTHING
+    half = f" ±{100 * (mean.high - mean.low) / 2:.0f}" if len(mean.each) > 1 else ""
+    fallen = f" †{summary.collapses}" if summary.collapses else ""
+    return f"{100 * mean.value:.0f}{half} ({len(mean.each)}){fallen}"
 
 
 def _runs(summary: Summary) -> str:
@@ -57,22 +104,37 @@ def _plain(mean: Mean | None) -> str:
     return words.NOTHING if mean is None else f"{mean.value:.3f}"
 
 
-def rich_table(summaries: Sequence[Summary]) -> Table:
-    """Without the accuracies before training, so that it can be read in 80 columns."""
+def rich_tables(summaries: Sequence[Summary]) -> list[Table]:
+    """Without the accuracies before training, so that they can be read in 80 columns."""
     shown = [place for place, heading in enumerate(HEADINGS) if "before" not in heading]
-    table = Table(caption=f"{CAPTION} Those before training: {TABLE_FILE}.", caption_justify="left")
+    rows = [[line[place] for place in shown] for line in (HEADINGS, *lines(summaries))]
+    whole = _rich(rows, f"{CAPTION} Those before training: {TABLE_FILE}.")
+    if len(lags_of(summaries)) < 2:
+        return [whole]
+    return [_rich(overview(summaries), OVERVIEW_CAPTION), whole]
+
+
+def _rich(rows: Sequence[Sequence[str]], caption: str) -> Table:
+    table = Table(caption=caption, caption_justify="left")
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 1, 0, 0)
-    for place in shown:
-        table.add_column(HEADINGS[place], overflow="fold")
-    for line in lines(summaries):
-        table.add_row(*(Text(line[place]) for place in shown))
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
     return table
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
-    rows = [list(HEADINGS), ["---"] * len(HEADINGS), *lines(summaries)]
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    return "".join(f"| {' | '.join(row)} |\n" for row in escaped) + f"\n{CAPTION}\n"
+    whole = _markdown([HEADINGS, *lines(summaries)], CAPTION)
+    if len(lags_of(summaries)) < 2:
+        return whole
+    return f"{_markdown(overview(summaries), OVERVIEW_CAPTION)}\n{whole}"
+
+
+def _markdown(rows: Sequence[Sequence[str]], caption: str) -> str:
+    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in ruled)
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped) + f"\n{caption}\n"
 
 
 def write_table(summaries: Sequence[Summary], out: Path) -> Path:

@@ -32,6 +32,9 @@ _VARIABLES = {
     FOURTH: "var(--fourth)",
 }
 
+CLASS = "class:"
+"""Begins the gid of an artist that stands for classes of its element, of which a page may have many."""
+
 SIZE = (4.2, 2.6)
 """Inches, at 72 points: 302 wide, so that a phone of 360 pixels shows it at its own size."""
 FEW_POINTS = 40
@@ -82,6 +85,7 @@ def svg(draw: Draw, name: str) -> str | None:
     text = text[text.index("<svg") :]
     for placeholder, variable in _VARIABLES.items():
         text = text.replace(placeholder, variable)
+    text = text.replace(f'id="{CLASS}', 'class="')
     return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 
