@@ -17,6 +17,7 @@ than an hour on two cores. Studies:
 - rewards: the task collect with graded rewards and with 0 or 1, for baselines that differ.
 - clipping: {ESS off, of used weights, of untruncated ones} x {sqrt, linear} x truncation {2, 8, none}.
 - ablations: on-policy ratio, group size.
+- small-batches: a quarter of the prompts a step, with controls: where variance should matter most.
 - mechanism: VCPO at lag 64 with its weights, baseline and warm-up changed one at a time, towards TOPR's.
 - negatives: no importance weight and no clip, with and without a baseline, for both ways to sum over tokens.
 - collapse: methods that fall and methods that do not, evaluated every ten steps (benchmarks.lead_time).
@@ -115,6 +116,8 @@ FULL = (
           "vcpo[pipeline.group_size=4;pipeline.prompts=32],vcpo[pipeline.group_size=16;pipeline.prompts=8],"
           "vcpo[pipeline.group_size=32;pipeline.prompts=4]",
           "16", "10-12", LESS_EVALUATION),
+    Study("small-batches", "maze", "vcpo,vcpo-ess,vcpo-taper,topr,grpo", "16", "10-14",
+          (*LESS_EVALUATION, "--pipeline.prompts", "4", "--pipeline.steps", "1200"), controls=True),
     Study("mechanism", "maze", TOWARDS_TOPR, "64", "20-22", LESS_EVALUATION),
     Study("negatives", "maze",
           "reinforce,reinforce[algorithm.baseline=leave-one-out],rloo,rloo[algorithm.baseline=zero]",
