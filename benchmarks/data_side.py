@@ -84,6 +84,11 @@ FULL = Scale(600, 25, 512, 350, 5, 60, 5)
 QUICK = Scale(15, 5, 64, 50, 1, 10, 1, tuple(WAYS)[:3], (0, 8))
 
 
+def steps_of(way: str, scale: Scale) -> int:
+    """Steps with dynamic sampling cost more tokens: two thirds of them are more than the budget."""
+    return scale.steps * 2 // 3 if "pipeline.dynamic_sampling" in WAYS[way] else scale.steps
+
+
 def finished_run(recipe: Path | None, name: str, folder: Path, settings: Settings) -> Path:
     """The folder of a run with these settings in exact mode at lag 0, which is not repeated."""
     if not (folder / name / "summary.json").exists():
@@ -100,16 +105,17 @@ def finished_run(recipe: Path | None, name: str, folder: Path, settings: Setting
 
 def curve(way: str, seed: int, scale: Scale, folder: Path) -> list[tuple[float, float]]:
     """(rollout tokens so far, accuracy on held-out problems) of each evaluation of a run."""
+    steps = steps_of(way, scale)
     settings: Settings = {
         "algorithm.name": "grpo",
         "run.seed": seed,
-        "pipeline.steps": scale.steps,
+        "pipeline.steps": steps,
         "warm_start.steps": scale.warm_start,
         "evaluation.every": scale.every,
         "evaluation.problems": scale.problems,
         "evaluation.final_problems": scale.problems,
     }
-    name = f"{way.replace(', ', '-').replace(' ', '-')}-steps{scale.steps}-seed{seed}"
+    name = f"{way.replace(', ', '-').replace(' ', '-')}-steps{steps}-seed{seed}"
     run = finished_run(Path("maze"), name, folder, settings | WAYS[way])
     summary, rows = json.loads((run / "summary.json").read_text()), read_metrics(run)
     spent = list(itertools.accumulate(row["tokens"] + row.get("skipped_tokens", 0) for row in rows))

@@ -8,7 +8,8 @@ written anew from ``data/STUDY/results.jsonl``:
     <!-- table: lag, over lags -->            a line a method, a column a lag
     <!-- table: lag, at lag 64 -->            a line a method, best first
     <!-- table: lag, against lag 0 -->        each method's change from its own runs at lag 0, by seed
-    <!-- table: lag, against topr -->         each method's difference from another at the same lag, by seed
+    <!-- table: lag, against topr -->         each method's difference from another at the same lag, by seed;
+                                              the other may have its rate: against topr at 8e-4
     <!-- table: rates, over rates -->         a line a method, a column a learning rate
 
 ``, only NAME NAME`` at the end leaves other methods out, controls too. A cell is a mean of accuracies of
@@ -150,12 +151,13 @@ def against_lag(cells: Cells, reference: int) -> Iterator[Line]:
 
 
 def against_method(cells: Cells, reference: str) -> Iterator[Line]:
-    others = {plain_name(method): method for method in cells.methods}
+    names = {plain_name(method): method for method in cells.methods}
+    other = (names | {_shown(method): method for method in cells.methods})[reference]
     yield ["method", *(f"lag {lag}" for lag in cells.lags)]
     for method in cells.methods:
-        if method == others[reference]:
+        if method == other:
             continue
-        differences = [cells.differences((method, lag), (others[reference], lag)) for lag in cells.lags]
+        differences = [cells.differences((method, lag), (other, lag)) for lag in cells.lags]
         if any(differences):
             yield [_shown(method), *(cell(difference, signed=True) for difference in differences)]
 
