@@ -46,7 +46,7 @@ def evidence() -> Evidence:
 
 
 def kl(ratio: float) -> float:
-    return -(1 - ESS) * ratio * math.log(ratio)
+    return -(1 - ESS) * (1 - 1 / ratio)
 
 
 # The optimal baseline: Σ w²‖u‖²R / Σ w²‖u‖² = 9 / (9 + 0.5 + 8) = 18/35.

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vcpo import policy_gradient_coefficients, ppo_clip_active, ppo_clip_coefficients
 from vcpo.errors import ConfigError, NonFiniteError, VcpoError
+from vcpo.estimators.surrogates import kl_coefficients
 
 torch.set_num_threads(1)
 examples = settings(deadline=None, max_examples=60)
@@ -115,3 +116,16 @@ def test_detached_float32_and_shapes() -> None:
         policy_gradient_coefficients(torch.zeros(2, 2), torch.ones(2), mask)
     with pytest.raises(VcpoError, match=r"\(3,\) advantages"):
         policy_gradient_coefficients(torch.zeros(2), torch.ones(3), mask)
+
+
+def test_the_trust_region_is_minus_the_gradient_of_k3_and_has_a_bound() -> None:
+    """log ρ + 1/ρ − 1 by autograd, far and near, outside the mask too."""
+    ratios = torch.tensor([[-9.0, -0.5, 0.0, 0.4, 8.0, 80.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True] * 6 + [False]])
+    ((ratios + (-ratios).exp() - 1) * mask).sum().backward()
+    assert ratios.grad is not None
+    torch.testing.assert_close(kl_coefficients(ratios, mask), -ratios.grad)
+    far = kl_coefficients(torch.tensor([[-50.0]], dtype=torch.float64), torch.tensor([[True]]))
+    assert far.item() == pytest.approx(math.exp(10) - 1)
+    with pytest.raises(NonFiniteError):
+        kl_coefficients(torch.tensor([[torch.inf]]), torch.tensor([[True]]))

@@ -50,6 +50,21 @@ _BEHAVIOUR_RATIO = (
 )
 _NO_KL = "No KL term to a reference policy."
 
+_OVER_LENGTH = "Scores are divided by their length, as in most of the methods here{}."
+_OWN_ADVANTAGES = (
+    "Advantages are not divided by the std, as in the paper's loss; the official scripts divide."
+)
+_OPTIMAL_BASELINE = (
+    "The baseline uses the truncated weights and length-normalised norms of the update itself; the "
+    "official code counts w twice, leaves it untruncated and multiplies the length back in.",
+    "The baseline is max-shifted in log space without an epsilon; non-finite input is an error.",
+)
+_ESS_SCALE = (
+    "ESS is max-shifted in log space without an epsilon, and of the trajectories with sampled tokens; "
+    "non-finite input is an error.",
+    "The step scale leaves decoupled weight decay alone.",
+)
+
 _VCPO = Algorithm(
     name="vcpo",
     summary="truncated sequence weights, the optimal baseline, the step scaled by ESS",
@@ -57,13 +72,7 @@ _VCPO = Algorithm(
     importance=Importance(SEQUENCE, Truncated(8.0)),
     baseline=OPTIMAL,
     step_rule="sqrt",
-    departures=(
-        "Advantages are not divided by the std, as in the paper's loss; the official scripts divide.",
-        "The baseline uses the truncated weights and length-normalised norms of the update itself; the "
-        "official code counts w twice, leaves it untruncated and multiplies the length back in.",
-        "ESS and baseline are max-shifted in log space without an epsilon; non-finite input is an error.",
-        "The step scale leaves decoupled weight decay alone.",
-    ),
+    departures=(_OWN_ADVANTAGES, *_OPTIMAL_BASELINE, *_ESS_SCALE),
 )
 
 _GRPO = Algorithm(
@@ -106,7 +115,7 @@ _PLAIN = (
         summary="the plain policy gradient: no baseline, no correction",
         source="REINFORCE (Williams 1992)",
         baseline=ZERO,
-        departures=("Scores are divided by their length, as in most of the methods here.",),
+        departures=(_OVER_LENGTH.format(""),),
     ),
     Algorithm(
         name="rloo",
@@ -135,7 +144,9 @@ _PLAIN = (
         baseline=OPTIMAL_TOKEN,
         aggregation=TOKEN_MEAN,
         departures=(
-            "Token weights are truncated at 2; the baseline counts the members that have a token there.",
+            "Token weights are truncated at 2; the baseline counts the members that have a token there. So "
+            "where one member alone goes on, its baseline is its own reward and its advantage 0, where verl "
+            "sets the baseline to 0.",
         ),
     ),
     Algorithm(
@@ -145,6 +156,7 @@ _PLAIN = (
         baseline=below_mean(MARGIN),
         departures=(
             "The mean is the group's, not of all problems. A group with equal rewards has advantage 0.1.",
+            _OVER_LENGTH.format("; the paper's are of the whole answer"),
         ),
     ),
     Algorithm(
@@ -156,6 +168,7 @@ _PLAIN = (
         departures=(
             "Advantages are normalised by the group; the paper's are of one baseline, or none. A success is "
             "a reward above the group's mean.",
+            _OVER_LENGTH.format("; the paper's are of the whole answer"),
         ),
     ),
 )
@@ -215,9 +228,13 @@ _CLIPPED = (
         token_masks=(Clip(0.2, 0.2, level=PROXIMAL),),
         aggregation=TOKEN_MEAN,
         departures=(
-            "log π_prox is interpolated between log μ and log π by the token's lag, as AReaL's log-linear "
-            "approximation does, and not computed by a pass of its own: with one update for each minibatch "
-            "that policy would be π itself, and nothing would ever be clipped.",
+            "log π_prox is interpolated between log μ and log π by the token's lag, after AReaL's log-linear "
+            "approximation, and not computed by a pass of its own: with one update for each minibatch "
+            "that policy would be π itself, and nothing would ever be clipped. π counts as the version that "
+            "the step makes, so its ratio to π_prox is (π/μ)^(1/(1+lag)); in AReaL's code, as the version "
+            "that the step begins with, (π/μ)^(1/max(lag, 1)).",
+            "A behaviour weight above 5 is truncated; AReaL leaves the token out, and the first paper has no "
+            "bound.",
         ),
     ),
 )
@@ -252,7 +269,7 @@ _WEIGHED = (
     Algorithm(
         name="cispo",
         summary="truncated token weights; no token loses its gradient",
-        source="CISPO, arXiv 2506.13585; ceiling 5, no floor",
+        source="CISPO, arXiv 2506.13585; its ε_high of 5 taken as the ceiling of the ratio itself, no floor",
         importance=Importance(TOKEN, Truncated(5.0)),
         normalisation=STD,
         aggregation=TOKEN_MEAN,
@@ -312,7 +329,10 @@ _WEIGHED = (
         source="VESPO, arXiv 2602.10693",
         importance=Importance(SEQUENCE, Soft()),
         normalisation=STD,
-        departures=("The sign of the advantage is that of the reward minus the group's mean.",),
+        departures=(
+            "The sign of the advantage is that of the reward minus the group's mean.",
+            _OVER_LENGTH.format("; the paper's recipe takes the mean over the minibatch's tokens"),
+        ),
     ),
     Algorithm(
         name="p3o",
@@ -323,7 +343,8 @@ _WEIGHED = (
         penalty=KlToBehaviour(),
         aggregation=TOKEN_MEAN,
         departures=(
-            "KL(π ‖ μ) is estimated from the sampled tokens alone, by ρ log ρ, not from all logits.",
+            "KL(π ‖ μ) is estimated from the sampled tokens alone, by log ρ + 1/ρ − 1 as in FeynRL, the "
+            "authors' code; 1/ρ is at most e^10, where that code drops its gradient.",
         ),
     ),
 )
@@ -336,6 +357,7 @@ _VARIANCE_CONTROLLED = (
         summary="half of VCPO: the step scaled by ESS, the group's mean as baseline",
         source="the ablation of VCPO, arXiv 2602.17616",
         baseline=GROUP_MEAN,
+        departures=(_OWN_ADVANTAGES, *_ESS_SCALE),
     ),
     replace(
         _VCPO,
@@ -343,6 +365,7 @@ _VARIANCE_CONTROLLED = (
         summary="half of VCPO: the optimal baseline, steps not scaled",
         source="the ablation of VCPO, arXiv 2602.17616",
         step_rule="off",
+        departures=(_OWN_ADVANTAGES, *_OPTIMAL_BASELINE),
     ),
     Algorithm(
         name="vcpo-taper",
@@ -358,6 +381,7 @@ _VARIANCE_CONTROLLED = (
             "Here it is of the weights used, an estimate of the variance of the update that is made.",
             "The baseline is the group's mean: the optimal one moves towards rewards with large weights and "
             "scores, and may lie above the mean.",
+            _OVER_LENGTH.format("; TOPR's are of the whole answer"),
         ),
     ),
     replace(

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+OVERFLOW_HINT = (
+    "truncate the importance weights (algorithm.truncation, where there is no clip), take a method that "
+    "bounds them whatever the advantage (`vcpo methods`), or lower the lag or the learning rate"
+)
+"""What to do about an importance weight that overflows."""
+
+
 def upcast(values: Tensor) -> Tensor:
     """The values in float32 or better: bfloat16, half, integers and bools become float32; float64 stays."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

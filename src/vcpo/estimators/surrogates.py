@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vcpo.errors import ConfigError, VcpoError
-from vcpo.estimators.checks import require_finite, require_same_shape, upcast
+from vcpo.estimators.checks import OVERFLOW_HINT, require_finite, require_same_shape, upcast
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -87,18 +87,22 @@ def ppo_clip_active(
     return mask.bool() & (too_high | too_low)
 
 
-def kl_coefficients(log_ratios: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Coefficients whose update lowers KL(π ‖ μ), estimated from tokens of μ: −ρ_t log ρ_t where ``mask``.
+LARGEST_INVERSE = 10.0
+"""Bound of −log ρ in the trust-region term, as in the authors' code of P3O."""
 
-    From KL(π ‖ μ) = E_μ[ρ log ρ], token by token, whose gradient is E_μ[ρ log ρ ∇log π] as E_μ[ρ ∇log π] = 0.
-    It is the trust-region term of P3O (arXiv 2605.12380), which the caller multiplies by 1 − ESS ratio. Not
-    normalised. No gradient.
+
+def kl_coefficients(log_ratios: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Coefficients whose update draws π to μ: 1/ρ_t − 1 where ``mask``, 1/ρ at most e^10.
+
+    Minus the gradient of log ρ + 1/ρ − 1, the estimator of KL(π ‖ μ) called k3, by log π. It is the
+    trust-region term of P3O as in its authors' code (FeynRL; the paper is arXiv 2605.12380), which the caller
+    multiplies by 1 − ESS ratio. k3 is unbiased for tokens of π; these are of μ, for which ρ log ρ would be,
+    with coefficients that have no bound where ρ is large. Not normalised. No gradient.
 
     Raises:
-        NonFiniteError: a log-ratio inside the mask is not finite, or a ratio overflows; names the trajectory.
+        NonFiniteError: a log-ratio inside the mask is not finite; names the trajectory.
     """
-    ratios = _per_token(log_ratios, mask)
-    return require_finite(-ratios.exp() * ratios, "ratio times its logarithm")
+    return torch.expm1((-_per_token(log_ratios, mask)).clamp(max=LARGEST_INVERSE))
 
 
 def _per_token(log_weights: Tensor, mask: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ def _product(log_weights: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     gain = _gain(advantages, mask)
     # 0 · e^1000 would be NaN: a zero advantage never meets its weight.
     product = torch.where(mask.bool() & (gain != 0), log_weights.exp() * gain, 0.0)
-    return require_finite(product, "importance weight times advantage", "truncate the importance weights")
+    return require_finite(product, "importance weight times advantage", OVERFLOW_HINT)
 
 
 def _gain(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vcpo.algorithms.composition import Algorithm, Evidence, Update
 from vcpo.errors import NonFiniteError, UnsupportedLayerError
+from vcpo.estimators.checks import OVERFLOW_HINT
 from vcpo.learner.critic import Critic
 from vcpo.learner.minibatch import Figures, Measured, Minibatch, evidence_of
 from vcpo.policy.loading import Policy
@@ -315,7 +316,7 @@ def _largest(log_weights: Tensor, sampled: Tensor, factor: float) -> float:
     ceiling = math.log(torch.finfo(torch.float32).max) - math.log(max(1.0, abs(factor)))
     bad = (candidates > ceiling) | candidates.isnan()
     if bad.any():
-        raise NonFiniteError("importance weight", int(bad.nonzero()[0]), "truncate the importance weights")
+        raise NonFiniteError("importance weight", int(bad.nonzero()[0]), OVERFLOW_HINT)
     return float(candidates.max())
 
 

@@ -219,7 +219,11 @@ def _over_std(advantages: Tensor, evidence: Evidence) -> Tensor:
 
 
 NO_NORMALISATION = Normalisation("none", "A = R − b", _unchanged)
-STD = Normalisation("std", f"A = (R − b) / (sample std of the group's rewards + {STD_EPSILON:g})", _over_std)
+STD = Normalisation(
+    "std",
+    f"A = (R − b) / (sample std of the group's rewards + {STD_EPSILON:g}; by 1 if that is 0)",
+    _over_std,
+)
 
 NORMALISATIONS = {part.name: part for part in (NO_NORMALISATION, STD)}
 MARGIN = 0.1

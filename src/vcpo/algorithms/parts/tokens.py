@@ -57,10 +57,10 @@ class Clip:
     def formula(self) -> str:
         what = f"the {self.level.name} ratio" if self.level else "w"
         dual = "" if self.dual is None else f", or A < 0 and {what} > {self.dual:g}"
-        return (
-            f"0 where A > 0 and {what} > {1 + self.high:g}, or A < 0 and {what} < {1 - self.low:g}{dual} "
-            f"(the gradient of min(w A, clip(w, [{1 - self.low:g}, {1 + self.high:g}]) A))"
-        )
+        bounds = f"0 where A > 0 and {what} > {1 + self.high:g}, or A < 0 and {what} < {1 - self.low:g}"
+        if self.level or self.dual:  # then the coefficient is not the gradient of one minimum
+            return bounds + dual
+        return f"{bounds} (the gradient of min(w A, clip(w, [{1 - self.low:g}, {1 + self.high:g}]) A))"
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ NO_PENALTY = NoPenalty()
 
 @dataclass(frozen=True)
 class KlToBehaviour:
-    """P3O: minus the gradient of (1 − ESS ratio) KL(π ‖ μ), the ESS ratio that of token ratios."""
+    """P3O: draws π to μ, the more the smaller the ESS ratio of token ratios is."""
 
-    formula = "− (1 − ESS ratio of token ratios) ρ_t log ρ_t"
+    formula = "− (1 − ESS ratio of token ratios) (1 − 1/ρ_t)"
     spans_minibatch = True
 
     def __call__(self, evidence: Evidence) -> Tensor:
