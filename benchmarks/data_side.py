@@ -31,7 +31,7 @@ from rich.table import Table
 
 from vcpo.config import load_config
 from vcpo.monitor.sinks import read_metrics
-from vcpo.monitor.statistics import total
+from vcpo.monitor.statistics import student_interval, total
 from vcpo.runtime import train
 
 Settings = dict[str, object]
@@ -128,20 +128,31 @@ def accuracies(scale: Scale, folder: Path, console: Console) -> list[dict[str, A
     cells = list(itertools.product(scale.ways, range(scale.seeds)))
     curves = {cell: curve(*cell, scale, folder) for cell in track(cells, "learning", console=console)}
     budget = min(points[-1][0] for points in curves.values())
-    rows = []
-    for way in scale.ways:
-        of_way = [curves[way, seed] for seed in range(scale.seeds)]
-        at = {share: [_read(points, share * budget) for points in of_way] for share in QUARTERS}
-        rows.append(
-            {
-                "way": way,
-                "budget_tokens": budget,
-                "accuracy": {share: statistics.mean(values) for share, values in at.items()},
-                "each_seed": at[1.0],
-                "tokens_of_all_steps": statistics.mean(points[-1][0] for points in of_way),
-            }
-        )
-    return rows
+    read = {
+        way: {
+            share: [_read(curves[way, seed], share * budget) for seed in range(scale.seeds)]
+            for share in QUARTERS
+        }
+        for way in scale.ways
+    }
+    return [
+        {
+            "way": way,
+            "budget_tokens": budget,
+            "accuracy": {share: statistics.mean(values) for share, values in read[way].items()},
+            "minus_plain": {share: _difference(read[way][share], read["plain"][share]) for share in QUARTERS},
+            "each_seed": read[way][1.0],
+            "tokens_of_all_steps": statistics.mean(curves[way, seed][-1][0] for seed in range(scale.seeds)),
+        }
+        for way in scale.ways
+    ]
+
+
+def _difference(own: list[float], plain: list[float]) -> tuple[float, float]:
+    """Mean over the seeds, and half of its 95 % interval."""
+    differences = [a - b for a, b in zip(own, plain, strict=True)]
+    low, high = student_interval(differences)
+    return statistics.mean(differences), (high - low) / 2
 
 
 def _read(points: list[tuple[float, float]], tokens: float) -> float:
@@ -191,11 +202,14 @@ def throughputs(scale: Scale, folder: Path, console: Console) -> list[dict[str, 
 def print_tables(learned: list[dict[str, Any]], played: list[dict[str, Any]]) -> None:
     budget = learned[0]["budget_tokens"]
     marks = [f"at {share:.0%}" for share in QUARTERS]
-    accuracy = Table("way", *marks, "each seed", "tokens", title=f"accuracy within {budget:,.0f} tokens")
+    minus = [f"− plain at {share:.0%}" for share in QUARTERS[1::2]]
+    title = f"sampled accuracy within {budget:,.0f} tokens"
+    accuracy = Table("way", *marks, *minus, "each seed", "tokens", title=title)
     for row in learned:
         accuracy.add_row(
             row["way"],
             *(f"{value:.3f}" for value in row["accuracy"].values()),
+            *("{:+.3f} ± {:.3f}".format(*row["minus_plain"][share]) for share in QUARTERS[1::2]),
             " ".join(f"{value:.3f}" for value in row["each_seed"]),
             f"{row['tokens_of_all_steps']:,.0f}",
         )
