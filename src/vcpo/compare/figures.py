@@ -225,8 +225,8 @@ def _one_over_steps(axes: Axes, lines: Sequence[tuple[Result, list[Point]]], sty
     for result, line in lines:
         _thin_line(axes, result, line, style)
     done = [line for result, line in lines if result.status == COMPLETED]
-    if done:
-        _plot(axes, _mean_line(done), **style.line)
+    if done and (mean := _mean_line(done)):  # runs may have no step in common
+        _plot(axes, mean, **style.line)
     return bool(lines)
 
 
