@@ -86,6 +86,7 @@ def test_differences_are_of_the_same_seed(data: Path) -> None:
     # Seed 0: .5 − .8; seeds 1 and 2 have no partner. Against topr: .25 − .5.
     assert body(table("lag, against lag 0", data)) == ["| topr | −.300 (1) |"]
     assert body(table("lag, against topr", data)) == ["| vcpo at 2e-4 | – | −.250 (1) |"]
+    assert body(table("lag, against vcpo at 2e-4", data)) == ["| topr | – | +.250 (1) |"]
 
 
 def test_settings_are_kept_in_names() -> None:

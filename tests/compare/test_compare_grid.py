@@ -64,6 +64,7 @@ def test_labels_that_look_alike_in_a_path_have_folders_of_their_own() -> None:
 def test_duplicates_are_run_once_also_when_written_in_another_way() -> None:
     cells = grid("vcpo,vcpo[learner.learning_rate=0.0004],vcpo[learner.learning_rate=4e-3]", "0,0", "1")
     assert [cell.method for cell in cells] == ["vcpo", "vcpo[learner.learning_rate=4e-3]"]
+    assert [cell.method for cell in grid("vcpo,grpo,vcpo", "0", "1")] == ["vcpo", "grpo"]
 
 
 def test_a_warm_start_is_shared_by_methods_and_lags_of_a_seed_only() -> None:

@@ -156,26 +156,38 @@ def test_the_table_can_be_read_in_80_columns(tmp_path: Path) -> None:
 
 
 def test_the_overview_has_a_line_a_method_the_best_first_and_controls_below_their_own(tmp_path: Path) -> None:
-    def of(method: str, lag: int, family: str = "", *after: float) -> list[Result]:
-        """A result for each accuracy; None stands for a failure."""
+    def of(method: str, lag: int, *after: float, control_of: str = "") -> list[Result]:
         cells = cells_of(tmp_path / method.replace("+", "-"), method.partition("+")[0], len(after), (lag,))
-        named = [replace(cell, method=method, control_of=family) for cell in cells]
+        named = [replace(cell, method=method, control_of=control_of) for cell in cells]
         return [finished(cell, value) for cell, value in zip(named, after, strict=True)]
 
+    fallen, steady = of("tis", 8, 0.4, 0.4)
     results = [
-        *of("tis", 0, "", 0.5, 0.7), *of("tis", 8, "", 0.4, 0.4),
-        *of("vcpo", 0, "", 0.9, 0.9), *of("vcpo", 8, "", 0.6, 0.8),
-        *of("vcpo+permuted", 8, "vcpo", 0.95, 0.95),
-        *of("grpo", 0, "", 1.0),
+        *of("tis", 0, 0.5, 0.7), replace(fallen, collapsed_at=3), steady,
+        *of("vcpo", 0, 0.9, 0.9), *of("vcpo", 8, 0.6, 0.8),
+        *of("vcpo+permuted", 8, 0.95, 0.95, control_of="vcpo"),
+        *of("grpo", 0, 1.0),
     ]  # fmt: skip
-    failed = result_of(cells_of(tmp_path / "grpo8", "grpo", 1, (8,))[0], "no luck")
-    collapsed = replace(results[3], collapsed_at=3)
-    found = overview(summarise([*results[:3], collapsed, *results[4:], failed]))
+    for method, lag in (("grpo", 8), ("vcpo", 0)):
+        (cell,) = cells_of(tmp_path / f"failed-{method}", method, 1, (lag,))
+        results.append(replace(result_of(cell, "no luck"), collapsed_at=2))
     # Half an interval of two values at a distance d is t · d / 2, and t is 12.706 with one degree of freedom.
-    assert found == [
+    assert overview(summarise(results)) == [
         ["method", "lag 0", "lag 8"],
-        ["vcpo", "90 ±0 (2)", "70 ±127 (2)"],
+        ["vcpo", "90 ±0 (2), 1 failed", "70 ±127 (2)"],
         ["vcpo+permuted", "–", "95 ±0 (2)"],
         ["tis", "60 ±127 (2)", "40 ±0 (2) †1"],
-        ["grpo", "100 (1)", "failed (1)"],
+        ["grpo", "100 (1)", "1 failed"],
     ]
+
+
+def test_seeds_without_a_step_in_common_have_no_mean_line(tmp_path: Path) -> None:
+    """The gradient is positive in step 1 of one seed and in step 2 of the other, as rare rewards make it."""
+    results = []
+    for seed, cell in enumerate(cells_of(tmp_path, "vcpo", 2)):
+        with MetricsWriter(cell.folder) as writer:
+            for step in (1, 2):
+                writer.write({"step": step, "reward": 0.0, "grad_norm": float(step == seed + 1)})
+        (cell.folder / "summary.json").write_text("{}")
+        results.append(result_of(cell))
+    assert 'aria-label="Gradient norm: Lag 8, over steps"' in page_of(tmp_path, results)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vcpo.cli import main
+from vcpo.compare.children import INTERRUPTED
+from vcpo.config import load_config
 from vcpo.monitor.sinks import read_metrics
 
 TINY = [
@@ -77,3 +82,25 @@ def test_a_grid_is_run_once_and_goes_on_where_it_was_lost(
     assert "2 of 2 runs are there already" in capsys.readouterr().out
     assert {k: timeless(v) for k, v in rows_of(out).items()} == {k: timeless(v) for k, v in first.items()}
     assert not (out / "runs").exists() and (out / "compare.html").exists()
+
+
+def test_a_worker_that_inherited_an_ignored_sigint_stops_when_its_comparison_is_gone(tmp_path: Path) -> None:
+    config = load_config(
+        "sort", [*TINY, "--pipeline.steps=100000", f"--run.folder={tmp_path}", "--run.name=a"]
+    )
+    order = {"config": config.model_dump(mode="json"), "resume": ""}
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "vcpo.compare.worker"],
+            stdin=subprocess.PIPE, stdout=output, stderr=output,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )  # fmt: skip
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps(order).encode() + b"\n")
+        worker.stdin.close()  # as if the comparison had been killed
+        try:
+            # By the signal itself if it comes while modules are imported.
+            assert worker.wait(120) in (INTERRUPTED, -signal.SIGINT), log.read_text()
+        finally:
+            worker.kill()

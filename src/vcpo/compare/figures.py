@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from vcpo.compare.results import COMPLETED, FAILED, Result, Summary
+from vcpo.compare.results import COMPLETED, FAILED, Result, Summary, lags_of
 from vcpo.monitor.figures import CLASS, PALETTE, Draw, from_zero, geometric, log_scale, ticks
 from vcpo.monitor.statistics import ema, series
 
@@ -85,7 +85,7 @@ def sections(
             ("Sampled accuracy", how, accuracy_over_lags(summaries, "accuracy_after", styles)),
         ],
     )
-    for lag in sorted({result.cell.lag for result in results}):
+    for lag in lags_of(summaries):
         own = [result for result in results if result.cell.lag == lag]
         yield f"Lag {lag}, over steps", _charts_over_steps(own, styles)
 
@@ -106,7 +106,7 @@ def _charts_over_steps(results: Sequence[Result], styles: Mapping[str, Style]) -
 
 def accuracy_over_lags(summaries: Sequence[Summary], key: str, styles: Mapping[str, Style]) -> Draw:
     """Mean after training at each lag with its 95 % interval, and every seed as a dot."""
-    lags = sorted({summary.lag for summary in summaries})
+    lags = lags_of(summaries)
     width = 0.5 / max(1, len(styles) - 1)
 
     def draw(axes: Axes) -> bool:

@@ -212,8 +212,11 @@ def _file_name(label: str) -> str:
 
 
 def without_duplicates(cells: Iterable[Cell]) -> list[Cell]:
-    """The first cell of every config."""
-    return list({identity(cell.config): cell for cell in reversed(list(cells))}.values())[::-1]
+    """The first cell of every config, where it stands."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        found.setdefault(identity(cell.config), cell)
+    return list(found.values())
 
 
 def identity(config: Config) -> str:

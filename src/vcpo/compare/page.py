@@ -8,13 +8,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vcpo.compare.results import COMPLETED, FAILED, UNFINISHED, Result, Summary
+from vcpo.compare.results import COMPLETED, FAILED, UNFINISHED, Result, Summary, lags_of
 from vcpo.compare.table import (
     CAPTION,
     HEADINGS,
     OVERVIEW_CAPTION,
     by_method,
-    lags_of,
     lines,
     overview,
 )
@@ -49,7 +48,7 @@ def write_page(
         *_figures(results, summaries),
         _runs(results),
     )
-    lags = ", ".join(map(str, sorted({result.cell.lag for result in results})))
+    lags = ", ".join(map(str, lags_of(summaries)))
     seeds = len({result.cell.seed for result in results})
     eyebrow = f"comparison · {recipe} · lag {lags} · {seeds} seed{'s' if seeds > 1 else ''}"
     path = out / PAGE_FILE
@@ -188,7 +187,7 @@ border-top:3px dashed var(--c)}
 .key.d2::before{border-top-style:dotted}.key.d3::before{border-top-style:double}
 .keys{position:sticky;top:0;z-index:1;max-height:26vh;overflow:auto;padding:6px 0;background:var(--page);
 font-size:.9rem}
-.keys button{all:unset;cursor:pointer;border-radius:4px;padding:0 4px}
+.keys button{all:unset;cursor:pointer;border-radius:4px;padding:0 4px;overflow-wrap:anywhere}
 .keys button:focus-visible{outline:2px solid var(--accent)}
 .keys button[aria-pressed=true]{font-weight:600}
 .some .key:not(.on),.some .series:not(.on){opacity:.12}

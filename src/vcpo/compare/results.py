@@ -185,6 +185,10 @@ class Summary:
         return Mean(fmean(values), low, high, values)
 
 
+def lags_of(summaries: Iterable[Summary]) -> list[int]:
+    return sorted({summary.lag for summary in summaries})
+
+
 def summarise(results: Iterable[Result]) -> list[Summary]:
     """Results by lag and method: lags rise, methods stay in the grid's order, each before its controls."""
     results = list(results)

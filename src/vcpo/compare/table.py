@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from vcpo.compare.results import COMPLETED, FAILED, UNFINISHED, Mean, Summary
+from vcpo.compare.results import COMPLETED, FAILED, UNFINISHED, Mean, Summary, lags_of
 from vcpo.monitor import words
 from vcpo.monitor.sinks import write_atomically
 
@@ -26,7 +26,7 @@ ACCURACIES = ("greedy_accuracy_before", "greedy_accuracy_after", "accuracy_befor
 CAPTION = "Means over seeds with 95 % intervals of the mean (Student's t); accuracy is on held-out problems."
 OVERVIEW_CAPTION = (
     "Greedy accuracy in % after training, by policy lag: mean ± half of its 95 % interval (completed runs); "
-    "† how many collapsed. Best mean over lags first."
+    "† how many of them collapsed. Best mean over lags first, methods without a figure at some lag last."
 )
 
 
@@ -43,10 +43,6 @@ def lines(summaries: Sequence[Summary]) -> list[list[str]]:
         ]
         for summary in summaries
     ]
-
-
-def lags_of(summaries: Sequence[Summary]) -> list[int]:
-    return sorted({summary.lag for summary in summaries})
 
 
 def by_method(summaries: Sequence[Summary]) -> dict[str, dict[int, Summary]]:
@@ -77,13 +73,17 @@ def overview(summaries: Sequence[Summary]) -> list[list[str]]:
 
 
 def _at_a_lag(summary: Summary | None) -> str:
-    """``72 ±4 (5) †1``."""
-    mean = summary and summary.mean("greedy_accuracy_after")
-    if summary is None or mean is None:
-        return f"{FAILED} ({n})" if summary and (n := summary.count(FAILED)) else words.NOTHING
+    """``72 ±4 (5) †1``, ``72 (1), 4 failed``, ``5 failed``."""
+    if summary is None:
+        return words.NOTHING
+    failed = f"{n} {FAILED}" if (n := summary.count(FAILED)) else ""
+    mean = summary.mean("greedy_accuracy_after")
+    if mean is None:
+        return failed or words.NOTHING
     half = f" ±{100 * (mean.high - mean.low) / 2:.0f}" if len(mean.each) > 1 else ""
-    fallen = f" †{summary.collapses}" if summary.collapses else ""
-    return f"{100 * mean.value:.0f}{half} ({len(mean.each)}){fallen}"
+    collapsed = sum(r.status == COMPLETED and r.collapsed_at is not None for r in summary.results)
+    fallen = f" †{collapsed}" if collapsed else ""
+    return ", ".join(filter(None, [f"{100 * mean.value:.0f}{half} ({len(mean.each)}){fallen}", failed]))
 
 
 def _runs(summary: Summary) -> str:

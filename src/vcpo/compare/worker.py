@@ -30,6 +30,8 @@ def _stop_when_stdin_ends() -> None:
 
 
 def main() -> int:
+    # A command that a script began with & ignores SIGINT, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     order = json.loads(sys.stdin.buffer.readline())
     _stop_when_stdin_ends()
     from vcpo.runtime import train

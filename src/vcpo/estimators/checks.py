@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 OVERFLOW_HINT = (
-    "truncate the importance weights (algorithm.truncation, where there is no clip), take a method that "
-    "bounds them whatever the advantage (`vcpo methods`), or lower the lag or the learning rate"
+    "truncate the importance weights (a clip leaves them unbounded where the advantage is negative), or "
+    "lower the policy lag or the learning rate"
 )
 """What to do about an importance weight that overflows."""
 
