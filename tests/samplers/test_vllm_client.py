@@ -315,6 +315,35 @@ def test_an_update_that_fails_on_one_server_leaves_none_paused() -> None:
     playing(work, count=2)
 
 
+@pytest.mark.parametrize("breaks_off", [True, False], ids=["its own update broke off", "its update is done"])
+def test_a_server_that_is_being_resumed_when_another_fails_is_resumed(breaks_off: bool) -> None:
+    """As a real one does, the stub drops what it was doing when its client is gone."""
+
+    async def work(engine: VllmSampler, stubs: list[Stub]) -> None:
+        asked, resumed = asyncio.Event(), []
+
+        async def resume(body: Any) -> dict[str, Any]:
+            asked.set()
+            await asyncio.sleep(0.3)
+            resumed.append(True)
+            return {}
+
+        async def refuse(body: Any) -> web.Response:
+            await asked.wait()
+            return web.Response(status=400, text="no room")
+
+        own = web.Response(status=400, text="not here either")
+        fine = {route: lambda body: {} for route in ("/pause", "/start_weight_update", "/update_weights")}
+        fine |= {"/finish_weight_update": lambda body: {}, "/collective_rpc": lambda body: {"results": ["d"]}}
+        stubs[0].answers |= fine | {"/resume": resume} | ({"/pause": lambda body: own} if breaks_off else {})
+        stubs[1].answers |= {"/pause": refuse, "/resume": lambda body: {}}
+        with pytest.raises(WorkerError, match="no room"):
+            await engine.update(1, {})
+        assert resumed == [True]
+
+    playing(work, count=2)
+
+
 def test_a_share_of_the_servers() -> None:
     async def run() -> None:
         async with Stub().running() as one, Stub().running() as two:

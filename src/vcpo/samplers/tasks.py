@@ -19,3 +19,15 @@ async def gather_all(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def to_its_end(coroutine: Coroutine[Any, Any, _T], seconds: float) -> _T:
+    """Its result. A cancellation meanwhile is raised when it has ended, after ``seconds`` more at most."""
+    task = asyncio.ensure_future(coroutine)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=seconds)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise

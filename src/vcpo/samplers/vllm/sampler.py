@@ -29,7 +29,7 @@ from torch import Tensor
 from vcpo.config import Config
 from vcpo.errors import EngineLost, PublicationError, WorkerError
 from vcpo.samplers.protocol import Completion, check_request
-from vcpo.samplers.tasks import gather_all
+from vcpo.samplers.tasks import gather_all, to_its_end
 from vcpo.samplers.vllm.handshake import Expected, check_server
 from vcpo.samplers.vllm.probe import Prober
 from vcpo.samplers.vllm.process import ServerProcess, free_port, server_command
@@ -257,10 +257,14 @@ class VllmSampler:
             digest = await self._transfer.send(server, version, weights)
         except BaseException:
             with contextlib.suppress(WorkerError, TimeoutError):  # the first error is the one to tell
-                await asyncio.wait_for(server.post("/resume"), RESUME_SECONDS)
+                await asyncio.wait_for(self._resume(server), RESUME_SECONDS)
             raise
-        await server.post("/resume")
+        await self._resume(server)
         return digest
+
+    async def _resume(self, server: Server) -> None:
+        """Another server's error cancels this one's update: one that stayed paused would answer nobody."""
+        await to_its_end(server.post("/resume"), RESUME_SECONDS)
 
     async def _on_all(self, work: Callable[[Server], Awaitable[Any]]) -> dict[Server, Any]:
         """The result of ``work`` for every server that is not lost meanwhile."""
