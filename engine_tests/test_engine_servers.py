@@ -134,6 +134,10 @@ def test_conversations_go_to_the_server_with_less_to_do(runner: asyncio.Runner, 
     assert sorted(runner.run(run())) == [80 + 1, 80 + 4]
 
 
+LONG = 1000
+"""Tokens that take longer than it does to find and kill a server."""
+
+
 def test_one_server_lost_and_then_the_last(
     runner: asyncio.Runner, sampler: VllmSampler, tied: Path, logs: Path
 ) -> None:
@@ -141,7 +145,7 @@ def test_one_server_lost_and_then_the_last(
         before = [tokens_given(server.url) for server in sampler.servers]
         calls = [
             asyncio.ensure_future(
-                sampler.generate([5, 6, 7 + i], max_tokens=400, stop=NEVER, seed=i, session=i)
+                sampler.generate([5, 6, 7 + i], max_tokens=LONG, stop=NEVER, seed=i, session=i)
             )
             for i in range(6)
         ]
@@ -152,9 +156,10 @@ def test_one_server_lost_and_then_the_last(
 
     async def lose_one() -> list[Completion]:
         await serve(sampler, 4)
-        calls = await begin()
         first, second = sampler.servers
-        kill_server(next(p for p in playing.servers_of(tied) if first.url.rpartition(":")[2] in words(p)))
+        process = next(p for p in playing.servers_of(tied) if first.url.rpartition(":")[2] in words(p))
+        calls = await begin()
+        kill_server(process)
         done = await asyncio.gather(*calls)
         assert sampler.servers == [second]
         assert count(second.url, "num_requests_running") == 0
@@ -165,12 +170,12 @@ def test_one_server_lost_and_then_the_last(
 
     models = {version: tied_llama(version) for version in (4, 5)}
     for i, done in enumerate(runner.run(lose_one())):
-        assert len(done.tokens) == 400
+        assert len(done.tokens) == LONG
         playing.assert_stamped_right(models, [5, 6, 7 + i], done, tolerance=3e-5)
 
     async def lose_all() -> None:
-        calls = await begin()
         (last,) = playing.servers_of(tied)
+        calls = await begin()
         kill_server(last)
         await asyncio.gather(*calls)
 
