@@ -213,7 +213,8 @@ class Controller:
             if (taken := self.window.take()) is not None:
                 return taken, time.perf_counter() - begun
             try:
-                await asyncio.wait_for(self._arrived.wait(), self.config.runtime.timeout_seconds)
+                async with asyncio.timeout(self.config.runtime.timeout_seconds):
+                    await self._arrived.wait()
             except TimeoutError:
                 raise WorkerError(self._silence()) from None
         return None, time.perf_counter() - begun

@@ -263,7 +263,8 @@ class Fleet:
         while not (serving := [member for member in self._members.values() if member.serving]):
             self._joined.clear()
             try:
-                await asyncio.wait_for(self._joined.wait(), self._timeout)
+                async with asyncio.timeout(self._timeout):
+                    await self._joined.wait()
             except TimeoutError:
                 raise WorkerError(
                     f"no sampler was there for {self._timeout:g} s (runtime.timeout_seconds); {self.absence}"

@@ -136,7 +136,8 @@ class WorkerProcess:
         its environments have left."""
         self._channel.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
+            async with asyncio.timeout(EXIT_SECONDS):
+                await self._process.wait()
         with contextlib.suppress(ProcessLookupError):  # the worker leads a process group of its own
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()

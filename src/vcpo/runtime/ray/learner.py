@@ -55,7 +55,8 @@ class Places:
         seconds = self._config.runtime.wait_seconds
         try:
             ready: Any = self._group.ready()
-            await asyncio.wait_for(ready, seconds)
+            async with asyncio.timeout(seconds):
+                await ready
         except TimeoutError:
             raise ConfigError(
                 f"the Ray cluster had no room for {needs_text(self._config)} within {seconds:g} s "
@@ -217,7 +218,8 @@ class RayLearner:
 
     async def _losses(self, heard: int) -> list[float]:
         try:
-            return await asyncio.wait_for(self._actors[0].signs.remote(heard), ALIVE_SECONDS)
+            async with asyncio.timeout(ALIVE_SECONDS):
+                return await self._actors[0].signs.remote(heard)
         except (TimeoutError, RayError):
             return []  # its own answer will tell
 

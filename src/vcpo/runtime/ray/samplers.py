@@ -170,7 +170,9 @@ class RaySampler:
         progress, moved = (self._busy, self.groups), loop.time()
         while not self.lost.done():
             try:
-                reply = self._checked(await asyncio.wait_for(self._actor.busy.remote(), timeout))
+                # Not asyncio.wait_for: until Python 3.12 it loses a cancellation that comes with the answer.
+                async with asyncio.timeout(timeout):
+                    reply = self._checked(await self._actor.busy.remote())
                 self._busy = reply["busy"] - self._before
             except TimeoutError:
                 self.kill(f"it did not answer for {timeout:g} s (runtime.timeout_seconds)")
@@ -267,7 +269,8 @@ class Samplers:
 
     async def _retire(self, number: int) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._fleet.retire(self._name(number)), self._timeout)
+            async with asyncio.timeout(self._timeout):
+                await self._fleet.retire(self._name(number))
         slot = self._slots.pop(number, None)
         if slot is None:  # the learner was lost meanwhile, and all slots with it
             return
@@ -375,7 +378,8 @@ class Samplers:
             sampler.begin(description, str(self._run.path), __version__, policy, share)
         )
         try:
-            await asyncio.wait_for(beginning, self._timeout)
+            async with asyncio.timeout(self._timeout):
+                await beginning
         except SamplerLost:
             return False
         except TimeoutError:

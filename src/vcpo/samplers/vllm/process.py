@@ -135,7 +135,8 @@ class ServerProcess:
     async def end_in_words(self) -> str:
         """How it ended, if it did: its connections may break a moment before."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
+            async with asyncio.timeout(EXIT_SECONDS):
+                await self._process.wait()
         code = self._process.returncode
         if code is None:
             return f"see {self._log}"
@@ -146,7 +147,8 @@ class ServerProcess:
         if self._process.stdin is not None:
             self._process.stdin.close()  # it notices, and kills its group
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
+            async with asyncio.timeout(EXIT_SECONDS):
+                await self._process.wait()
         with contextlib.suppress(ProcessLookupError):  # it leads a process group of its own
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()

@@ -257,7 +257,8 @@ class VllmSampler:
             digest = await self._transfer.send(server, version, weights)
         except BaseException:
             with contextlib.suppress(WorkerError, TimeoutError):  # the first error is the one to tell
-                await asyncio.wait_for(self._resume(server), RESUME_SECONDS)
+                async with asyncio.timeout(RESUME_SECONDS):
+                    await self._resume(server)
             raise
         await self._resume(server)
         return digest
