@@ -157,4 +157,4 @@ def test_failed_runs_are_rows_and_exit_code_1(
     assert "5 runs: 0 completed, 5 failed, 0 collapsed" in printed
     assert "failed: grpo, lag 0, seed 0: no luck" in printed
     assert (out / "table.md").read_text().count("0, 1 failed") == 5
-    assert "grpo, lag 0, seed 0: failed: no luck" in (out / "compare.html").read_text()
+    assert "failed: grpo, lag 0, seed 0: no luck" in (out / "compare.html").read_text()

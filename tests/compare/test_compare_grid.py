@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from vcpo.compare.grid import Cell, Method, make_grid, parse_lags, parse_methods, parse_seeds, warm_start_key
+from vcpo.compare.grid import (
+    Cell,
+    Method,
+    check_environments,
+    make_grid,
+    parse_lags,
+    parse_methods,
+    parse_seeds,
+    warm_start_key,
+)
 from vcpo.config import load_config
 from vcpo.errors import ConfigError
 
@@ -61,6 +70,29 @@ def test_labels_that_look_alike_in_a_path_have_folders_of_their_own() -> None:
     assert len({cell.folder for cell in cells}) == 2
 
 
+def test_a_long_label_has_a_folder_that_file_systems_take() -> None:
+    long = ";".join(f"lora.targets={'q' * 100}{n}" for n in range(4))
+    first, second = grid(f"vcpo[{long}0],vcpo[{long}1]", "128", "20261127,")
+    assert first.name != second.name
+    assert all(len(f"{cell.name}.json.new".encode()) <= 255 for cell in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("methods", "overrides", "told"),
+    [
+        ("vcpo,vcpo[model.context_length=8]", (), "vcpo[model.context_length=8] at lag 4: "),
+        ("vcpo", ("--environment.kind=mazes",), "did you mean 'maze'?"),
+        ("vcpo", ("--environment.kind=jsonl", "--environment.path=none.jsonl"), "none.jsonl"),
+    ],
+)
+def test_an_environment_that_cannot_be_made_is_told(
+    methods: str, overrides: tuple[str, ...], told: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_environments(grid(methods, "4", "1", *overrides))
+    assert told in str(raised.value)
+
+
 def test_duplicates_are_run_once_also_when_written_in_another_way() -> None:
     cells = grid("vcpo,vcpo[learner.learning_rate=0.0004],vcpo[learner.learning_rate=4e-3]", "0,0", "1")
     assert [cell.method for cell in cells] == ["vcpo", "vcpo[learner.learning_rate=4e-3]"]
@@ -86,6 +118,8 @@ def test_a_warm_start_is_shared_by_methods_and_lags_of_a_seed_only() -> None:
         ("vcpo", "0,x", "1", "'x' is no whole number"),
         ("vcpo", "0", "0", "at least one seed"),
         ("vcpo", "0", "5-4", "there is no number in it"),
+        ("vcpo", "0", "20261127", "0 to 20261126, and 1000 are the most; write 20261127, with a comma"),
+        ("vcpo", "0", "3,0-99999999999999999999", "more than 1000 numbers"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_told_first(methods: str, lags: str, seeds: str, told: str) -> None:

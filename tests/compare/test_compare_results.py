@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from vcpo.compare.children import is_finished
 from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import Cell, make_grid, parse_methods
 from vcpo.compare.page import write_page
+from vcpo.compare.remarks import remarks
 from vcpo.compare.results import Result, known_results, result_of, summarise, write_results
 from vcpo.compare.table import lines, markdown, overview, rich_tables
 from vcpo.config import Config, apply_overrides, load_config
+from vcpo.errors import CheckpointError, ConfigError
 from vcpo.monitor.sinks import MetricsWriter
 
 RECIPE = load_config("sort")
@@ -74,7 +77,63 @@ def test_a_row_counts_for_the_recipe_it_was_made_with_alone(tmp_path: Path) -> N
     assert list(known_results([elsewhere], RECIPE, tmp_path)) == [cell.name]
     edited = apply_overrides(RECIPE, ["--pipeline.steps", "7"])
     (other,) = make_grid(edited, parse_methods("grpo"), (8,), (0,), tmp_path)
-    assert known_results([other], edited, tmp_path) == {}, "the recipe's own steps are others now"
+    with pytest.raises(ConfigError, match=f"a row of {cell.name} with other settings: choose another --out"):
+        known_results([other], edited, tmp_path)  # the recipe's own steps are others now
+
+
+def test_a_finished_run_whose_metrics_are_damaged_keeps_its_figures(tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, "grpo", 1)
+    finished(cell, 0.75)
+    metrics = cell.folder / "metrics.jsonl"
+    metrics.write_text("{\n" + metrics.read_text())
+    result = result_of(cell)
+    assert (result.status, result.figure("greedy_accuracy_after"), result.rows) == ("completed", 0.75, ())
+    assert remarks([result]) == [
+        "1 of 1 runs are known by their figures alone, as their metrics are not here: they have no curves"
+    ]
+    (cell.folder / "summary.json").write_text('{"torn')
+    assert (result_of(cell).status, is_finished(cell)) == ("unfinished", False)
+
+
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, "grpo", 1)
+    path = write_results([finished(cell, 0.5)], RECIPE, tmp_path)
+    path.write_text(path.read_text() + '{"run": "a", "sta\n')
+    with pytest.raises(CheckpointError, match=r"results\.jsonl, line 2 is not the row of a run"):
+        known_results([cell], RECIPE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("failed", "status", "told"),
+    [
+        (0, "completed", []),
+        (1, "completed", []),
+        (2, "completed", ["grpo, lag 3, seed 0: 2 of 100 episodes failed (reward 0, nothing to learn from); "
+                          "its log says why"]),
+        (51, "failed", ["failed: grpo, lag 3, seed 0: 51 of its 100 episodes failed, its log says why; "
+                        "remove FOLDER to have it run again"]),
+    ],
+)  # fmt: skip
+def test_failed_episodes_are_told_and_most_of_them_are_a_failed_run(
+    tmp_path: Path, failed: int, status: str, told: list[str]
+) -> None:
+    (cell,) = cells_of(tmp_path, "grpo", 1, (3,))
+    finished(cell, 0.0)
+    path = cell.folder / "summary.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"episodes": 100, "failed_episodes": failed, "steps": 4})
+    )
+    result = result_of(cell)
+    row = result.row(RECIPE)
+    assert (row["status"], row["episodes"], row["failed_episodes"]) == (status, 100, failed)
+    assert [remark.replace(str(cell.folder), "FOLDER") for remark in remarks([result])] == told
+
+
+def test_a_lag_that_is_never_reached_is_told(tmp_path: Path) -> None:
+    short = apply_overrides(RECIPE, ["--pipeline.steps", "8"])
+    cells = make_grid(short, parse_methods("grpo"), (7, 8), (0,), tmp_path)
+    (told,) = remarks([result_of(cell) for cell in cells])
+    assert told == "lag 8 is never reached in 8 steps: rollouts there are at most 7 steps old, as at lag 7"
 
 
 def test_controls_have_the_same_mean_or_the_same_factors(tmp_path: Path) -> None:
@@ -101,6 +160,14 @@ def test_a_control_that_the_grid_has_is_not_run_again(tmp_path: Path) -> None:
     assert make_controls([finished(cell, 0.5) for cell in cells], tmp_path) == ([], [])
 
 
+def test_the_zero_baseline_has_no_margin_of_the_baseline_it_replaces(tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, "vcpo[algorithm.baseline=bounded-optimal;algorithm.margin=0]", 1)
+    controls, _ = make_controls([finished(cell, 0.5)], tmp_path)
+    made = {c.method.rpartition("+")[2]: c.config.algorithm for c in controls}
+    assert (made["zero-baseline"].baseline, made["zero-baseline"].margin) == ("zero", None)
+    assert (made["constant-lr"].baseline, made["constant-lr"].margin) == ("bounded-optimal", 0)
+
+
 def page_of(out: Path, results: list[Result], settings: Config = RECIPE) -> str:
     return write_page(results, summarise(results), {"pipeline.steps": 40}, "sort", out).read_text()
 
@@ -119,7 +186,7 @@ def test_the_page_has_every_figure_and_marks_collapse_and_failure(tmp_path: Path
     names = ("Greedy accuracy", "Sampled accuracy", "Reward", "ESS ratio", "Gradient norm", "Step scale")
     for name in [*over_lags, *(f"{name}: Lag {lag}, over steps" for lag in (0, 8) for name in names)]:
         assert f'aria-label="{name}"' in text
-    assert "tis, lag 8, seed 1: failed: no &lt;luck&gt;" in text
+    assert "failed: tis, lag 8, seed 1: no &lt;luck&gt;" in text
     for drawing in re.findall("<svg.*?</svg>", text, re.DOTALL):
         assert 'class="series m0"' in drawing and 'class="series m1"' in drawing
     collapsed = results[3]

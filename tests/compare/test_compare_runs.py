@@ -74,7 +74,7 @@ def test_a_grid_is_run_once_and_goes_on_where_it_was_lost(
     assert {k: timeless(v) for k, v in rows_of(out).items()} == {k: timeless(v) for k, v in first.items()}
 
     assert main([*command, *TINY, "--pipeline.steps", "4"]) == 2
-    assert "has a run with other settings (pipeline.steps is now 4)" in capsys.readouterr().err
+    assert "has a run with other settings (pipeline.steps was 3 and is now 4)" in capsys.readouterr().err
 
     # Without the runs their rows still count, and rows that are not asked for stay.
     shutil.rmtree(out / "runs")

@@ -29,6 +29,7 @@ from typing import Protocol
 from vcpo.compare.grid import Cell, differences, identity, warm_start_key
 from vcpo.config import load_config
 from vcpo.errors import ConfigError
+from vcpo.monitor.report import read_summary
 from vcpo.monitor.sinks import METRICS_FILE
 
 LOGS_FOLDER = "logs"
@@ -59,23 +60,25 @@ class Listener(Protocol):
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether the run of this cell was completed earlier.
+    """Whether the run of this cell was ended earlier.
 
     Raises ConfigError if its folder has a run with other settings.
     """
     if (cell.folder / "config.toml").exists():
         _refuse_other_settings(cell)
-    return (cell.folder / "summary.json").exists()
+    return read_summary(cell.folder) is not None
 
 
 def _refuse_other_settings(cell: Cell) -> None:
     there = load_config(cell.folder / "config.toml")
     if identity(there) == identity(cell.config):
         return
-    changed = {
-        k: v for k, v in differences(there, cell.config).items() if not k.startswith(("run.", "runtime."))
-    }
-    what = ", ".join(f"{dotted} is now {value!r}" for dotted, value in changed.items())
+    was, now = differences(cell.config, there), differences(there, cell.config)
+    what = ", ".join(
+        f"{dotted} was {was[dotted]!r} and is now {value!r}"
+        for dotted, value in now.items()
+        if not dotted.startswith(("run.", "runtime."))
+    )
     raise ConfigError(f"{cell.folder} has a run with other settings ({what}): choose another --out")
 
 

@@ -17,6 +17,7 @@ from vcpo.compare.children import Metrics, is_finished, run_cells
 from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import (
     Cell,
+    check_environments,
     differences,
     make_grid,
     parse_lags,
@@ -26,6 +27,7 @@ from vcpo.compare.grid import (
 )
 from vcpo.compare.page import PAGE_FILE, write_page
 from vcpo.compare.progress import GridProgress
+from vcpo.compare.remarks import remarks
 from vcpo.compare.results import (
     COMPLETED,
     FAILED,
@@ -82,17 +84,17 @@ class Outcome:
         collapsed = sum(result.collapsed_at is not None for result in self.results)
         left = len(self.results) - self.count(COMPLETED) - self.failed
         counts = f"{self.count(COMPLETED)} completed, {self.failed} failed, {collapsed} collapsed"
-        failures = "".join(f"\nfailed: {r.cell}: {r.error}" for r in self.results if r.status == FAILED)
+        told = "".join(f"\n{remark}" for remark in remarks(self.results))
         unfinished = f", {left} unfinished" if left else ""
         places = f"{self.out}: {RESULTS_FILE}, {TABLE_FILE}, {PAGE_FILE}"
-        return f"{len(self.results)} runs: {counts}{unfinished}{failures}\nwritten to {places}"
+        return f"{len(self.results)} runs: {counts}{unfinished}{told}\nwritten to {places}"
 
 
 def compare(grid: Grid, console: Console) -> Outcome:
     """Run the grid, or what is left of it, and write results, table and page.
 
     Raises ConfigError before anything is run: for a setting or a method that is none, for parts that do not
-    go together, for a folder that has other runs under these names.
+    go together, for an environment that cannot be made, for a folder that has other runs under these names.
     """
     recipe = load_config(grid.recipe)
     base = apply_overrides(recipe, ["--runtime.threads", "1", *grid.overrides])
@@ -103,7 +105,11 @@ def compare(grid: Grid, console: Console) -> Outcome:
         comparison = _Comparison(recipe, differences(recipe, base), grid, console, lock)
         completed = comparison.run("comparison", cells)
         if completed and grid.controls:
-            completed = comparison.run_controls()
+            try:
+                completed = comparison.run_controls()
+            except ConfigError:
+                comparison.finish(interrupted=False)
+                raise
         return comparison.finish(interrupted=not completed)
 
 
@@ -119,14 +125,17 @@ class _Comparison:
     def run(self, title: str, cells: Sequence[Cell]) -> bool:
         """Run those of ``cells`` that are not finished; false if interrupted."""
         finished = {cell.name for cell in cells if is_finished(cell)}
-        known = known_results((c for c in cells if not c.folder.exists()), self._recipe, self._out)
+        results = {cell.name: result_of(cell) for cell in cells}
+        lost = [r.cell for r in results.values() if r.cell.name not in finished or not r.rows]
+        known = known_results(lost, self._recipe, self._out)
         finished |= known.keys()
-        self._results |= {cell.name: result_of(cell) for cell in cells} | known
+        self._results |= results | known
         waiting = [cell for cell in cells if cell.name not in finished]
         if finished:
             self._console.print(f"{len(finished)} of {len(cells)} runs are there already", highlight=False)
         if not waiting:
             return True
+        check_environments(waiting)
         steps = sum(cell.config.pipeline.steps - _rows(cell) for cell in waiting)
         with GridProgress(title, len(waiting), steps, self._console) as progress:
             try:
@@ -175,7 +184,7 @@ class _Watch:
 
     def ended(self, cell: Cell, error: str | None) -> None:
         result = self._comparison.ended(cell, error)
-        self._progress.ended(cell, error, _told(result), cell.config.pipeline.steps - len(result.rows))
+        self._progress.ended(cell, result.error, _told(result), cell.config.pipeline.steps - len(result.rows))
 
 
 def _told(result: Result) -> str:

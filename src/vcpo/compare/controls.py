@@ -19,11 +19,13 @@ from pathlib import Path
 
 from vcpo.compare.grid import Cell, identity, make_cell
 from vcpo.compare.results import COMPLETED, Result
+from vcpo.config import Config
 from vcpo.monitor.sinks import write_atomically
 from vcpo.monitor.statistics import series
 from vcpo.pipeline.build import algorithm_of
 
 CONTROLS_FOLDER = "controls"
+ZERO_BASELINE = "zero-baseline"
 
 Settings = tuple[tuple[str, object], ...]
 
@@ -39,7 +41,8 @@ def make_controls(results: Sequence[Result], out: Path) -> tuple[list[Cell], lis
         cell = result.cell
         for suffix, settings in _controls(result, out):
             label = f"{cell.method}+{suffix}"
-            control = make_cell(cell.config, label, settings, cell.lag, cell.seed, out, cell.name)
+            config = _without_margin(cell.config) if suffix == ZERO_BASELINE else cell.config
+            control = make_cell(config, label, settings, cell.lag, cell.seed, out, cell.name)
             if result.status != COMPLETED:
                 reason = f"{cell.name} was not completed: there is nothing to control"
                 impossible.append(Result.without_run(control, reason))
@@ -59,7 +62,12 @@ def _controls(result: Result, out: Path) -> Iterator[tuple[str, Settings]]:
         if factors is not None:
             yield "permuted", (("algorithm.step_scales", factors),)
     if algorithm.baseline.needs_score_norms:
-        yield "zero-baseline", (("algorithm.baseline", "zero"),)
+        yield ZERO_BASELINE, (("algorithm.baseline", "zero"),)
+
+
+def _without_margin(config: Config) -> Config:
+    """The margin belongs to the baseline that is replaced."""
+    return config.model_copy(update={"algorithm": config.algorithm.model_copy(update={"margin": None})})
 
 
 def _permuted(result: Result, out: Path) -> Path | None:

@@ -17,7 +17,6 @@ from typing import Any
 from vcpo.algorithms.catalog import get_algorithm
 from vcpo.config import Config, apply_overrides
 from vcpo.config.settings import SETTINGS
-from vcpo.environments.registry import environment_class
 from vcpo.errors import ConfigError
 from vcpo.pipeline.build import algorithm_of
 from vcpo.pipeline.engines import check_engine
@@ -35,6 +34,10 @@ OF_THE_GRID = {
 }
 """Settings that the grid itself makes, and what does so."""
 
+MOST_NUMBERS = 1000
+"""The longest list of seeds, or of lags: more are a slip of the pen."""
+_LONGEST_NAME = 180
+"""Bytes of a label in the name of a folder: file systems take 255, with lag, seed and ending."""
 _PLACES = ("run.name", "run.folder")
 _METHOD = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<settings>[^\[\]]*)\])?")
 _COMMA_OUTSIDE_BRACKETS = re.compile(r",(?![^\[]*\])")
@@ -143,6 +146,11 @@ def parse_seeds(text: str) -> list[int]:
 def _positive(count: int, text: str) -> int:
     if count < 1:
         raise ConfigError(f"--seeds {text}: it takes at least one seed")
+    if count > MOST_NUMBERS:
+        raise ConfigError(
+            f"--seeds {text} means {count} seeds, 0 to {count - 1}, and {MOST_NUMBERS} are the most; write "
+            f"{count}, with a comma for seed {count} alone"
+        )
     return count
 
 
@@ -152,7 +160,10 @@ def _whole_numbers(text: str, option: str, example: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(f"{option} {text}: {part!r} is no whole number; write {example}")
-        numbers += range(int(first), int(last or first) + 1)
+        begin, end = int(first), int(last or first) + 1
+        if len(numbers) + end - begin > MOST_NUMBERS:
+            raise ConfigError(f"{option} {text}: that is more than {MOST_NUMBERS} numbers; write {example}")
+        numbers += range(begin, end)
     if not numbers:
         raise ConfigError(f"{option} {text}: there is no number in it; write {example}")
     return list(dict.fromkeys(numbers))
@@ -199,15 +210,34 @@ def make_cell(
         algorithm_of(config)
         check_engine(config)
         check_processes(config)
-        environment_class(config.environment.kind)
     except ConfigError as error:
         raise type(error)(f"{label} at lag {lag}: {error}") from error
     return Cell(label, config, control_of)
 
 
+def check_environments(cells: Iterable[Cell]) -> None:
+    """Make the environment of every cell, as a plan does, each once: it reads its data and refuses settings.
+
+    Raises ConfigError that names the cell.
+    """
+    from vcpo.pipeline.plan import check_environment  # imports transformers
+
+    seen = set()
+    for cell in cells:
+        parts = ("environment", "model", "lora")
+        key = json.dumps([getattr(cell.config, part).model_dump(mode="json") for part in parts])
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            check_environment(cell.config)
+        except ConfigError as error:
+            raise type(error)(f"{cell.method} at lag {cell.lag}: {error}") from error
+
+
 def _file_name(label: str) -> str:
     """``label`` without what is awkward in a path; two labels never share one."""
-    plain = _UNSAFE.sub("_", label).strip("_")
+    plain = _UNSAFE.sub("_", label).strip("_").encode()[:_LONGEST_NAME].decode(errors="ignore")
     return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
 
 

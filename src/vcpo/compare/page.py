@@ -8,7 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vcpo.compare.results import COMPLETED, FAILED, UNFINISHED, Result, Summary, lags_of
+from vcpo.compare.remarks import remarks
+from vcpo.compare.results import COMPLETED, UNFINISHED, Result, Summary, lags_of
 from vcpo.compare.table import (
     CAPTION,
     HEADINGS,
@@ -57,13 +58,11 @@ def write_page(
 
 
 def _unusual(results: Sequence[Result]) -> str:
-    """What is not as it should be: failures, each with its reason, and what is not there yet."""
-    failed = [result for result in results if result.status == FAILED]
-    left = sum(result.status == UNFINISHED for result in results)
-    parts = [f"{escape(str(result.cell))}: failed: {escape(result.error or '')}" for result in failed]
-    if left:
-        parts.append(f"{left} of {len(results)} runs are not finished: the same command goes on.")
-    return "".join(f"<p class=banner>{part}</p>" for part in parts)
+    """What is not as it should be, and what is not there yet."""
+    told = remarks(results)
+    if left := sum(result.status == UNFINISHED for result in results):
+        told.append(f"{left} of {len(results)} runs are not finished: the same command goes on.")
+    return "".join(f"<p class=banner>{escape(remark)}</p>" for remark in told)
 
 
 def _settings(recipe: str, settings: Mapping[str, Any]) -> str:

@@ -11,14 +11,16 @@ from typing import Any
 
 from vcpo.compare.grid import OF_THE_GRID, Cell, differences, fingerprint
 from vcpo.config import Config
-from vcpo.errors import CheckpointError
+from vcpo.errors import CheckpointError, ConfigError
 from vcpo.monitor.collapse import find_collapse
-from vcpo.monitor.report import Run, load_run
+from vcpo.monitor.report import Run, load_run, read_summary
 from vcpo.monitor.sinks import write_atomically
 from vcpo.monitor.statistics import Row, student_interval
 
 RESULTS_FILE = "results.jsonl"
 COMPLETED, FAILED, UNFINISHED = "completed", "failed", "unfinished"
+MOST_EPISODES = 0.5
+"""A run has failed if more than this part of its episodes did: its figures would be the environment's."""
 
 _FIGURES = {
     "accuracy_before": "accuracy_before",
@@ -32,6 +34,8 @@ _FIGURES = {
     "step_scale_mean": "step_scale_mean",
     "steps": "steps",
     "tokens": "tokens",
+    "episodes": "episodes",
+    "failed_episodes": "failed_episodes",
     "wall_seconds": "wall_seconds",
 }
 """Key of a row, and of summary.json. Rewards are those of the sampled evaluations."""
@@ -80,11 +84,16 @@ class Result:
 
 
 def result_of(cell: Cell, error: str | None = None) -> Result:
-    """Read a run's folder, whatever is in it; ``error`` is why the run failed."""
+    """Read a run's folder, whatever is in it; ``error`` is why the run failed.
+
+    A finished run whose metrics are gone or damaged is completed, as its summary has its figures.
+    """
     try:
         run = load_run(cell.folder)
-    except CheckpointError:  # it has no metrics yet
-        run = Run(cell.folder, (), {}, finished=False, config="")
+    except CheckpointError:  # it has no metrics yet, or none that can be read
+        summary = read_summary(cell.folder)
+        run = Run(cell.folder, (), summary or {}, finished=summary is not None, config="")
+    error = error or _failed_episodes(run)
     status = FAILED if error is not None else COMPLETED if run.finished else UNFINISHED
     summary = run.summary
     step = find_collapse(
@@ -96,16 +105,34 @@ def result_of(cell: Cell, error: str | None = None) -> Result:
     return Result(cell, status, error, summary, run.rows, step)
 
 
+def _failed_episodes(run: Run) -> str | None:
+    """Why a finished run says nothing about its method; None if it does."""
+    episodes, failed = (run.summary.get(key) or 0 for key in ("episodes", "failed_episodes"))
+    if not run.finished or failed <= MOST_EPISODES * episodes:
+        return None
+    hint = f"its log says why; remove {run.folder} to have it run again"
+    return f"{failed} of its {episodes} episodes failed, {hint}"
+
+
 def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str, Result]:
-    """By name, the completed runs of ``cells`` that results.jsonl has with the same settings: what is left of
-    runs whose folders were removed, or are on another machine. They have figures and no metrics."""
+    """By name, the completed runs of ``cells`` that results.jsonl has: what is left of runs whose folders
+    were removed or damaged, or are on another machine. They have figures and no metrics.
+
+    Raises ConfigError for a row with other settings: it would be lost.
+    """
     rows = {row["run"]: row for row in _read_rows(out) if row["status"] == COMPLETED}
     known = {}
     for cell in cells:
         row = rows.get(cell.name)
-        if row is not None and _has_the_settings(row, cell, recipe):
-            summary = {summary_key: row.get(key) for key, summary_key in _FIGURES.items()}
-            known[cell.name] = Result(cell, COMPLETED, None, summary, (), row["collapsed_at"])
+        if row is None:
+            continue
+        if not _has_the_settings(row, cell, recipe):
+            raise ConfigError(
+                f"{out / RESULTS_FILE} has a row of {cell.name} with other settings: choose another --out, "
+                "or remove that line if it is not needed any more"
+            )
+        summary = {summary_key: row.get(key) for key, summary_key in _FIGURES.items()}
+        known[cell.name] = Result(cell, COMPLETED, None, summary, (), row["collapsed_at"])
     return known
 
 
@@ -132,10 +159,20 @@ def _read_rows(out: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [row for row in rows if {"run", "status", "overrides", "collapsed_at"} <= row.keys()]
-    except (OSError, ValueError, AttributeError) as error:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; move it away to begin anew") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if {"run", "status", "overrides", "collapsed_at"} <= row.keys():
+                rows.append(row)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}, line {number} is not the row of a run: remove that line, or restore the file"
+            ) from error
+    return rows
 
 
 def _overrides(recipe: Config, config: Config) -> dict[str, Any]:

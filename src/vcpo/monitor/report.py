@@ -62,7 +62,7 @@ def load_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a run folder: there is no such folder; check the path")
     rows = read_metrics(folder)
-    summary, before = _read_json(folder / SUMMARY_FILE), _read_json(folder / BEFORE_FILE)
+    summary, before = read_summary(folder), _read_json(folder / BEFORE_FILE)
     config = folder / CONFIG_FILE
     return Run(
         folder=folder,
@@ -71,6 +71,11 @@ def load_run(folder: Path) -> Run:
         finished=summary is not None,
         config=config.read_text("utf-8", "replace") if config.is_file() else "",
     )
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What a run has written at its end; None if it has not ended, or if the file is damaged."""
+    return _read_json(folder / SUMMARY_FILE)
 
 
 def write_report(run_folder: Path | str) -> Path:

@@ -64,6 +64,15 @@ def plan_text(config: Config, run_folder: Path | None = None) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
+def check_environment(config: Config) -> None:
+    """Make the environment as a run would, with its data, and the model's shape.
+
+    Raises ConfigError for settings and data that cannot be used; what is out of reach now is not looked at.
+    """
+    _go_offline_if_the_hub_is_silent(config)
+    _size_if_reachable(config)
+
+
 def _on_policy_ratio(config: Config, run_folder: Path | None) -> str:
     """What the ESS ratio of a step is compared with."""
     if config.algorithm.on_policy_ratio != "calibrated":
