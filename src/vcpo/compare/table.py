@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -104,7 +105,7 @@ def _plain(mean: Mean | None) -> str:
     return words.NOTHING if mean is None else f"{mean.value:.3f}"
 
 
-def rich_tables(summaries: Sequence[Summary]) -> list[Table]:
+def rich_tables(summaries: Sequence[Summary]) -> list[RenderableType]:
     """Without the accuracies before training, so that they can be read in 80 columns."""
     shown = [place for place, heading in enumerate(HEADINGS) if "before" not in heading]
     rows = [[line[place] for place in shown] for line in (HEADINGS, *lines(summaries))]
@@ -114,14 +115,15 @@ def rich_tables(summaries: Sequence[Summary]) -> list[Table]:
     return [_rich(overview(summaries), OVERVIEW_CAPTION), whole]
 
 
-def _rich(rows: Sequence[Sequence[str]], caption: str) -> Table:
-    table = Table(caption=caption, caption_justify="left")
+def _rich(rows: Sequence[Sequence[str]], caption: str) -> RenderableType:
+    """The caption is as wide as the screen: a table's own would be as narrow as the table."""
+    table = Table()
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 1, 0, 0)
     for heading in rows[0]:
         table.add_column(heading, overflow="fold")
     for row in rows[1:]:
         table.add_row(*map(Text, row))
-    return table
+    return Group(table, Text(f"{caption}\n"))
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
