@@ -12,7 +12,9 @@ than an hour on two cores. Studies:
   when it had been run: a method whose rate is the lowest of the three is tried at half of it too, and, if
   that is the best then, at a quarter. (Nobody gets a higher one: the tapered methods, whose rate is the
   highest of the three, are the ones that a comparison must not favour.)
-- lag, lag-collect: every method at its rate, over lags and fresh seeds, on two tasks.
+- rates-collect: eight methods on the second task, by the same rule.
+- lag, lag-collect: every method at its rate, over lags and fresh seeds, on two tasks. On the second one those
+  that rates-collect has not run at the rate that suited them on the first.
 - controls: ESS scaling against a constant rate and against its own factors permuted; OPOB against b = 0.
 - rewards: the task collect with graded rewards and with 0 or 1, for baselines that differ.
 - clipping: {ESS off, of used weights, of untruncated ones} x {sqrt, linear} x truncation {2, 8, none}.
@@ -49,6 +51,8 @@ LOWER_RATES = ("1e-4", "5e-5")
 RECIPES_RATE = "4e-4"
 """That of the recipes maze and collect."""
 FEW = "vcpo,vcpo-taper,topr,grpo"
+SECOND_TASK = ("vcpo", "vcpo-ess", "vcpo-taper", "topr", "vespo", "grpo", "asymre", "reinforce")
+"""Those that led on the first task, VCPO, and the field's standard."""
 BASELINES = "vcpo,vcpo[algorithm.baseline=zero],vcpo-ess,vcpo-taper,topr,topr[algorithm.baseline=zero],asymre"
 TOWARDS_TOPR = ",".join(
     [
@@ -80,8 +84,8 @@ class Study:
     seeds: str
     settings: tuple[str, ...] = ()
     controls: bool = False
-    tuned: bool = False
-    """Whether methods run at the learning rates that the study ``rates`` has chosen."""
+    rates: tuple[str, ...] = ()
+    """Studies at whose choice of learning rates methods run; where two have chosen, the later one counts."""
 
 
 def clipping_grid(ceilings: Sequence[str]) -> str:
@@ -104,8 +108,10 @@ def at_rates(names: Iterable[str], rates: Iterable[str]) -> str:
 ALL = ",".join(ALGORITHMS)
 FULL = (
     Study("rates", "maze", at_rates(ALGORITHMS, RATES), "16", "100,101", LESS_EVALUATION),
-    Study("lag", "maze", ALL, "0,4,16,64,128", "0-4", LESS_EVALUATION, tuned=True),
-    Study("lag-collect", "collect", ALL, "0,4,16,64,128", "0-4", LESS_EVALUATION, tuned=True),
+    Study("rates-collect", "collect", at_rates(SECOND_TASK, RATES), "16", "100,101", LESS_EVALUATION),
+    Study("lag", "maze", ALL, "0,4,16,64,128", "0-4", LESS_EVALUATION, rates=("rates",)),
+    Study("lag-collect", "collect", ALL, "0,4,16,64,128", "0-4", LESS_EVALUATION,
+          rates=("rates", "rates-collect")),
     Study("controls", "maze", "vcpo,vcpo-taper", "16,64", "10-14", LESS_EVALUATION, controls=True),
     Study("rewards-graded", "collect", BASELINES, "16,64", "10-12", LESS_EVALUATION),
     Study("rewards-all", "collect", BASELINES, "16,64", "10-12",
@@ -136,7 +142,7 @@ QUICK = (
 
 
 def best_rates(results: Path) -> dict[str, str]:
-    """A learning rate for every method, by the rule above, from the results of the study ``rates``."""
+    """A learning rate for every method, by the rule above, from the results of a study of rates."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in results.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -168,10 +174,11 @@ def lower_rates(results: Path) -> Iterator[str]:
 
 def run(study: Study, folder: Path, jobs: int | None, console: Console) -> bool:
     """False if it was interrupted."""
-    methods = study.methods
-    tuning = folder / "rates" / "results.jsonl"
-    if study.tuned and tuning.exists():
-        methods = at_their_rates(methods, best_rates(tuning))
+    chosen: dict[str, str] = {}
+    for tuning in study.rates:
+        if (results := folder / tuning / "results.jsonl").exists():
+            chosen |= best_rates(results)
+    methods = at_their_rates(study.methods, chosen)
     console.rule(study.name)
     grid = Grid(
         recipe=study.recipe,
@@ -207,7 +214,7 @@ def main() -> None:
         if study.name not in chosen:
             continue
         ended = run(study, folder, arguments.jobs, Console())
-        if study.name == "rates":
+        if study.name.startswith("rates"):
             lower = lower_rates(folder / study.name / "results.jsonl")
             ended = ended and all(
                 run(replace(study, methods=methods), folder, arguments.jobs, Console()) for methods in lower
