@@ -49,6 +49,7 @@ WAYS = [
     Way("plain", "lag 0", {"pipeline.lag": 0, "runtime.samplers": 2}),
     Way("plain", "async, lag 2", {"pipeline.lag": 2}),
     Way("tool latency", "lag 0", {"pipeline.lag": 0, "runtime.samplers": 2, **SLOW}),
+    Way("tool latency", "async, lag 4", {"pipeline.lag": 4, "pipeline.window": 48, **SLOW}),
     Way("tool latency", "async, lag 8", {"pipeline.lag": 8, "pipeline.window": 64, **SLOW}),
 ]
 
