@@ -216,9 +216,15 @@ def serve(
 @app.command(context_settings=OVERRIDABLE)
 def compare(
     context: typer.Context,
-    methods: Annotated[str, typer.Option(help="Algorithms, by comma; their own settings in [...].")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs and results go.")],
     arguments: RecipeAndSettings = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Algorithms, by comma; their own settings in [...]. Required.", show_default=False),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where runs and results go. Required.", show_default=False),
+    ] = None,
     lags: Annotated[str, typer.Option(help="Policy lags, by comma.")] = "0",
     seeds: Annotated[str, typer.Option(help="4 for seeds 0 to 3, 10-14, or 3,7.")] = "4",
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: as many as cores.")] = None,
@@ -246,6 +252,9 @@ def compare(
     from vcpo.config import default_recipe
 
     recipe, overrides = _split(context, arguments)
+    if not methods or out is None:  # checked after the rest, which may be a misspelling of just these
+        missing = "--out FOLDER" if methods else "--methods vcpo,grpo (`vcpo methods` lists all)"
+        raise ConfigError(f"vcpo compare needs {missing}")
     recipe = recipe or default_recipe(overrides)
     console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
     outcome = run(Grid(recipe, overrides, methods, lags, seeds, out, jobs, controls), console)

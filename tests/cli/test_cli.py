@@ -101,6 +101,12 @@ def test_help_shows_examples(arguments: list[str], taught: str) -> None:
         (["eval"], "name a run folder or a model: vcpo eval RUN_OR_MODEL"),
         (["eval", "x", "--problems", "0"], "--problems"),
         (["methods", "vcpp"], "did you mean 'vcpo'?"),
+        (
+            ["compare", "maze", "--method", "vcpo", "--out", "o"],
+            "did you mean --methods?",
+        ),
+        (["compare", "maze", "--out", "o"], "vcpo compare needs --methods vcpo,grpo"),
+        (["compare", "maze", "--methods", "vcpo"], "vcpo compare needs --out FOLDER"),
         (["report"], "RUN"),
         (["trian"], "train"),
     ],
