@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,16 @@ class Trajectory:
     def oldest_version(self) -> int | None:
         """Version of the oldest sampled token; None if nothing was sampled."""
         return int(self.versions[self.action_mask].min()) if self.action_mask.any() else None
+
+
+class Outline(NamedTuple):
+    """What the controller knows of a group."""
+
+    problem: int
+    rewards: list[float]
+    tokens: int
+    failed: int
+    """Episodes that failed."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,16 @@ class Group:
         return b"".join(parts)
 
     @staticmethod
-    def outline_of(data: bytes) -> tuple[int, list[float], int]:
-        """Problem, rewards and number of tokens of a record: from its header alone."""
+    def outline_of(data: bytes) -> Outline:
+        """From the header of a record alone."""
         header = json.loads(data.partition(b"\n")[0])
         members = header["trajectories"]
-        return header["problem"], [t["reward"] for t in members], sum(t["length"] for t in members)
+        return Outline(
+            problem=header["problem"],
+            rewards=[t["reward"] for t in members],
+            tokens=sum(t["length"] for t in members),
+            failed=sum(t["outcome"] == "failed" for t in members),
+        )
 
     @staticmethod
     def from_bytes(data: bytes) -> Group:

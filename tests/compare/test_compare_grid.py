@@ -9,7 +9,9 @@ import pytest
 from vcpo.compare.grid import (
     Cell,
     Method,
-    check_environments,
+    check_files,
+    fingerprint,
+    identity,
     make_grid,
     parse_lags,
     parse_methods,
@@ -83,14 +85,27 @@ def test_a_long_label_has_a_folder_that_file_systems_take() -> None:
         ("vcpo,vcpo[model.context_length=8]", (), "vcpo[model.context_length=8] at lag 4: "),
         ("vcpo", ("--environment.kind=mazes",), "did you mean 'maze'?"),
         ("vcpo", ("--environment.kind=jsonl", "--environment.path=none.jsonl"), "none.jsonl"),
+        ("grpo,vcpo[algorithm.step_scales=none.json]", (), "cannot read algorithm.step_scales none.json"),
+        ("vcpo[algorithm.on_policy_ratio=calibrated]", (), "vcpo calibrate"),
     ],
 )
-def test_an_environment_that_cannot_be_made_is_told(
-    methods: str, overrides: tuple[str, ...], told: str
-) -> None:
+def test_files_that_cannot_be_used_are_told(methods: str, overrides: tuple[str, ...], told: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        check_environments(grid(methods, "4", "1", *overrides))
+        check_files(grid(methods, "4", "1", *overrides))
     assert told in str(raised.value)
+
+
+def test_step_scales_of_two_files_are_two_runs_and_those_of_a_control_are_known_by_name() -> None:
+    cells = grid("vcpo[algorithm.step_scales=a/f.json],vcpo[algorithm.step_scales=b/f.json]", "0", "1")
+    assert len(cells) == 2
+    assert len({fingerprint(cell.config) for cell in cells}) == 2
+    moved = [load_config("maze", [f"--algorithm.step_scales={place}/controls/f.json"]) for place in "ab"]
+    assert len({identity(config) for config in moved}) == len({fingerprint(config) for config in moved}) == 1
+
+
+def test_a_grid_that_nobody_can_mean_is_refused() -> None:
+    with pytest.raises(ConfigError, match="1 methods, 1000 lags and 1000 seeds are 1000000 runs, and 20000"):
+        grid("vcpo", "0-999", "1000")
 
 
 def test_duplicates_are_run_once_also_when_written_in_another_way() -> None:

@@ -17,19 +17,29 @@ from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import Cell, make_grid, parse_methods
 from vcpo.compare.page import write_page
 from vcpo.compare.remarks import remarks
-from vcpo.compare.results import Result, known_results, result_of, summarise, write_results
+from vcpo.compare.results import (
+    Result,
+    impossible_results,
+    known_results,
+    result_of,
+    summarise,
+    write_results,
+)
 from vcpo.compare.table import lines, markdown, overview, rich_tables
 from vcpo.config import Config, apply_overrides, load_config
-from vcpo.errors import CheckpointError, ConfigError
+from vcpo.errors import ConfigError
 from vcpo.monitor.sinks import MetricsWriter
 
-RECIPE = load_config("sort")
+STEPS = 12
+RECIPE = load_config("sort", ["--pipeline.steps", str(STEPS)])
 SCALES = [0.5, 1.0, 0.25, 0.75]
 
 
 def finished(cell: Cell, after: float, rewards: float | list[float] = 0.5) -> Result:
-    """A run of four steps (or as many as there are rewards) that ended at a greedy accuracy of ``after``."""
-    series = rewards if isinstance(rewards, list) else [rewards] * 4
+    """A run of as many steps as there are rewards that ended at a greedy accuracy of ``after``."""
+    series = rewards if isinstance(rewards, list) else [rewards] * STEPS
+    pipeline = cell.config.pipeline.model_copy(update={"steps": len(series)})
+    cell = replace(cell, config=cell.config.model_copy(update={"pipeline": pipeline}))
     with MetricsWriter(cell.folder) as writer:
         for step, reward in enumerate(series, start=1):
             scale = SCALES[(step - 1) % 4]
@@ -37,7 +47,7 @@ def finished(cell: Cell, after: float, rewards: float | list[float] = 0.5) -> Re
             writer.write(row | {"grad_norm": 2.0, "tokens": 10})
     summary: dict[str, Any] = {"held_out_problems": 64, "wall_seconds": 7.0}
     summary |= {f"{kind}accuracy_before": 0.25 for kind in ("", "greedy_")}
-    summary |= {f"{kind}accuracy_after": after for kind in ("", "greedy_")}
+    summary |= {f"{kind}accuracy_after": after for kind in ("", "greedy_")} | {"steps": len(series)}
     (cell.folder / "summary.json").write_text(json.dumps(summary))
     return result_of(cell)
 
@@ -89,17 +99,29 @@ def test_a_finished_run_whose_metrics_are_damaged_keeps_its_figures(tmp_path: Pa
     result = result_of(cell)
     assert (result.status, result.figure("greedy_accuracy_after"), result.rows) == ("completed", 0.75, ())
     assert remarks([result]) == [
-        "1 of 1 runs are known by their figures alone, as their metrics are not here: they have no curves"
+        "1 of 1 runs are known by their figures alone, as their metrics are not here: they have no curves, "
+        "and only a row that was kept knows whether they collapsed"
     ]
+    metrics.write_text("".join(f'{{"step": {step}, "reward": 0.5}}\n' for step in (1, 2)))
+    assert result_of(cell).rows == (), "ten of twelve are missing"
     (cell.folder / "summary.json").write_text('{"torn')
     assert (result_of(cell).status, is_finished(cell)) == ("unfinished", False)
 
 
-def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"run": "a", "sta',
+        "[]",
+        '{"run": "a"}',
+        '{"run": "a", "status": "completed", "overrides": {}, "collapsed_at": null, "accuracy_after": "1"}',
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path, line: str) -> None:
     (cell,) = cells_of(tmp_path, "grpo", 1)
     path = write_results([finished(cell, 0.5)], RECIPE, tmp_path)
-    path.write_text(path.read_text() + '{"run": "a", "sta\n')
-    with pytest.raises(CheckpointError, match=r"results\.jsonl, line 2 is not the row of a run"):
+    path.write_text(path.read_text() + f"\n{line}\n")
+    with pytest.raises(ConfigError, match=r"results\.jsonl, line 3 is not the row of a run"):
         known_results([cell], RECIPE, tmp_path)
 
 
@@ -120,13 +142,52 @@ def test_failed_episodes_are_told_and_most_of_them_are_a_failed_run(
     (cell,) = cells_of(tmp_path, "grpo", 1, (3,))
     finished(cell, 0.0)
     path = cell.folder / "summary.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"episodes": 100, "failed_episodes": failed, "steps": 4})
-    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"episodes": 100, "failed_episodes": failed}))
     result = result_of(cell)
     row = result.row(RECIPE)
     assert (row["status"], row["episodes"], row["failed_episodes"]) == (status, 100, failed)
     assert [remark.replace(str(cell.folder), "FOLDER") for remark in remarks([result])] == told
+
+
+@pytest.mark.parametrize(("failed", "status"), [(8, "completed"), (33, "failed")])
+def test_failures_on_held_out_problems_count_as_well(tmp_path: Path, failed: int, status: str) -> None:
+    (cell,) = cells_of(tmp_path, "grpo", 1)
+    finished(cell, 0.0)
+    path = cell.folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy_after_failed": failed}))
+    result = result_of(cell)
+    assert (result.status, result.row(RECIPE)["accuracy_after_failed"]) == (status, failed)
+    (told,) = remarks([result])
+    assert f"{failed} of {'its ' if failed > 32 else ''}64 held-out episodes failed" in told
+
+
+def test_a_completed_row_is_not_replaced_by_that_of_a_run_that_is_not(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, "vcpo", 1)
+    (first,) = [finished(cell, 0.5) for cell in cells]
+    controls, _ = make_controls([first], tmp_path)
+    results = [first, *(finished(control, 0.75) for control in controls)]
+    before = write_results(results, RECIPE, tmp_path).read_text()
+    assert write_results([result_of(cells[0], "no luck")], RECIPE, tmp_path).read_text() == before
+    # The run's rerun fails, so that its controls cannot be made: what they gave stays, and is shown where the
+    # settings do not hang on that run.
+    cannot, impossible = make_controls([result_of(cells[0], "no luck")], tmp_path)
+    assert cannot == [] and [result.status for result in impossible] == ["failed"] * 3
+    shown = impossible_results(impossible, RECIPE, tmp_path)
+    assert [result.cell.method for result in shown.values()] == ["vcpo+zero-baseline"]
+    assert write_results(list(shown.values()), RECIPE, tmp_path).read_text().count('"completed"') == 4
+
+
+def test_factors_that_are_gone_fail_their_control_unless_it_was_completed(tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, "vcpo", 1)
+    first = finished(cell, 0.5)
+    controls, _ = make_controls([first], tmp_path)
+    write_results([first, *(finished(control, 0.75) for control in controls)], RECIPE, tmp_path)
+    (tmp_path / "controls" / f"{cell.name}.json").unlink()
+    left, (permuted,) = make_controls([replace(first, rows=())], tmp_path)
+    assert [control.method for control in left] == ["vcpo+constant-lr", "vcpo+zero-baseline"]
+    assert permuted.error == f"the metrics of {cell.name} are gone, and its step scales with them"
+    (known,) = impossible_results([permuted], RECIPE, tmp_path).values()
+    assert (known.status, known.figure("accuracy_after")) == ("completed", 0.75)
 
 
 def test_a_lag_that_is_never_reached_is_told(tmp_path: Path) -> None:
@@ -149,7 +210,7 @@ def test_controls_have_the_same_mean_or_the_same_factors(tmp_path: Path) -> None
     assert constant.algorithm.step_scale == "off"
     assert constant.learner.learning_rate == pytest.approx(0.001 * 0.625)
     factors = json.loads(Path(permuted.algorithm.step_scales).read_text())
-    assert sorted(factors) == sorted(SCALES) and factors != SCALES
+    assert sorted(factors) == sorted(SCALES * 3) and factors != SCALES * 3
     assert (permuted.algorithm.step_scale, permuted.learner.learning_rate) == (None, 0.001)
     assert (zero.algorithm.baseline, zero.algorithm.step_scales) == ("zero", "")
 
@@ -251,10 +312,11 @@ def test_the_overview_has_a_line_a_method_the_best_first_and_controls_below_thei
 def test_seeds_without_a_step_in_common_have_no_mean_line(tmp_path: Path) -> None:
     """The gradient is positive in step 1 of one seed and in step 2 of the other, as rare rewards make it."""
     results = []
-    for seed, cell in enumerate(cells_of(tmp_path, "vcpo", 2)):
+    base = apply_overrides(RECIPE, ["--pipeline.steps", "2"])
+    for seed, cell in enumerate(make_grid(base, parse_methods("vcpo"), (8,), (0, 1), tmp_path)):
         with MetricsWriter(cell.folder) as writer:
             for step in (1, 2):
                 writer.write({"step": step, "reward": 0.0, "grad_norm": float(step == seed + 1)})
-        (cell.folder / "summary.json").write_text("{}")
+        (cell.folder / "summary.json").write_text('{"steps": 2}')
         results.append(result_of(cell))
     assert 'aria-label="Gradient norm: Lag 8, over steps"' in page_of(tmp_path, results)

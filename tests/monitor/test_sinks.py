@@ -20,7 +20,7 @@ from vcpo.monitor.sinks import MetricsWriter, read_metrics
 ROW_KEYS = """step version reward reward_std accuracy greedy_accuracy loss ess ess_ratio ess_ratio_truncated
 on_policy_ratio step_scale learning_rate grad_norm kl ratio_variance log_weight_mean log_weight_max
 truncated_fraction baseline_mean advantage_std score_norm_mean score_norm_max top_weight_share equal_groups
-score_norm_error masked_tokens skipped_groups skipped_tokens
+score_norm_error masked_tokens skipped_groups skipped_tokens skipped_failed_episodes
 teacher_error teacher_prediction value_loss value_explained
 tokens action_tokens response_length lag_mean lag_max token_lag_mean failed_episodes truncated_episodes
 tokens_per_second seconds_training seconds_waiting seconds_publishing seconds_sampling elapsed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,7 +18,7 @@ from vcpo.config import Config, load_config
 from vcpo.errors import CheckpointError, NonFiniteError, PublicationError, WorkerError
 from vcpo.monitor.progress import SilentProgress
 from vcpo.monitor.sinks import MetricsWriter, read_metrics
-from vcpo.pipeline.controller import Controller
+from vcpo.pipeline.controller import Controller, GivenUpError
 from vcpo.pipeline.fleet import Fleet
 from vcpo.pipeline.ports import Arrivals, Begun, Outcome, Publication, StepResult
 from vcpo.pipeline.rollout import GroupOrder
@@ -96,6 +97,8 @@ class FakeSampler:
         self.slowest = 12
         self.lost: set[int] = set()
         """Groups that never finish."""
+        self.blocked_from: float = math.inf
+        """Orders of this group and later ones are never taken, as where a sampler plays while it is asked."""
         self.checksum: str | None = None
         """A wrong answer."""
         self.barren: Callable[[int], bool] = lambda number: False
@@ -107,11 +110,15 @@ class FakeSampler:
         return answer
 
     async def order(self, orders: Sequence[GroupOrder]) -> None:
+        if orders and orders[-1].index >= self.blocked_from:
+            await asyncio.Event().wait()
         self.ordered += [o.index for o in orders]
         self._inbox.put_nowait((list(orders), None))
 
     async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
         self.evaluated.append((first, count, greedy))
+        if self.blocked_from <= 0:
+            await asyncio.Event().wait()
         return [float(i % 2 == 0 or greedy) for i in range(first, first + count)]
 
     async def _serve(self) -> None:
@@ -127,9 +134,17 @@ class FakeSampler:
 
     async def _play(self, order: GroupOrder) -> None:
         record = {"number": order.index, "served": self.served, "admitted": order.version, "by": self.name}
-        rewards = (1, 1) if self.barren(order.index) else (0, 1)
+        barren = self.barren(order.index)
+        rewards = (1, 1) if barren else (0, 1)
         record["problem"] = order.index
-        record["trajectories"] = [{"length": 3 + order.index, "reward": reward} for reward in rewards]
+        record["trajectories"] = [
+            {
+                "length": 3 + order.index,
+                "reward": reward,
+                "outcome": "failed" if barren else "finished",
+            }
+            for reward in rewards
+        ]
         await self._idle(self.slowest)
         if order.index not in self.lost:
             self._arrivals.put_nowait((self.name, order.index, json.dumps(record).encode()))
@@ -354,6 +369,46 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, seed: int) -> None:
 
     asyncio.run(scenario())
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 13))
+
+
+def test_a_run_that_must_stop_in_a_hurry_keeps_its_complete_steps(tmp_path: Path) -> None:
+    """An order that takes for ever holds up the run after some steps: ``stop`` does not help, ``hurry`` does,
+    and nothing is lost or played twice."""
+    config = config_of()
+
+    async def scenario() -> None:
+        first = Rig.build(tmp_path, config)
+        first.samplers[0].blocked_from = 15
+        running = asyncio.ensure_future(first.run())
+        await asyncio.sleep(0.1)  # as many steps as it can take
+        first.controller.stop()
+        await asyncio.sleep(0.02)
+        assert not running.done()
+        first.controller.hurry()
+        assert await asyncio.wait_for(running, 5) is False
+        [(version, position)] = first.learner.checkpoints
+        assert version == first.learner.version == len(read_metrics(tmp_path)) > 2
+        first.controller.journal.close()
+
+        second = Rig.build(tmp_path, config, seed=1, version=version, position=position)
+        assert await second.run() is True
+        assert sorted(first.learner.numbers + second.learner.numbers) == list(range(24))
+
+    asyncio.run(scenario())
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 13))
+
+
+def test_an_evaluation_is_given_up_in_a_hurry(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        rig = Rig.build(tmp_path, config_of())
+        rig.samplers[0].blocked_from = 0
+        evaluating = asyncio.ensure_future(rig.controller.evaluate(2, greedy=False))
+        await asyncio.sleep(0)
+        rig.controller.hurry()
+        with pytest.raises(GivenUpError):
+            await asyncio.wait_for(evaluating, 5)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("seed", range(6))

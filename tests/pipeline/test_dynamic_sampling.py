@@ -51,6 +51,7 @@ def test_every_group_is_trained_once_or_skipped_once(tmp_path: Path, seed: int, 
     rows = read_metrics(tmp_path)
     assert sum(row["skipped_groups"] for row in rows) == len(skipped) > 0
     assert sum(row["skipped_tokens"] for row in rows) == sum(2 * (3 + n) for n in skipped)
+    assert sum(row["skipped_failed_episodes"] for row in rows) == 2 * len(skipped)
     [(_, position)] = rig.learner.checkpoints
     assert (position["anchor"], position["trained"]) == (len(ordered), [])
     assert rig.journaled(200) == [], "a checkpoint knows them all"
@@ -145,8 +146,9 @@ def test_an_outline_says_what_the_record_says() -> None:
                 log_probs=np.zeros(n, np.float32),
                 versions=np.full(n, 10, np.int32),  # byte 10 is the end of a line
                 reward=n / 7,
+                outcome="failed" if n == 2 else "finished",
             )
             for n in (4, 9, 2)
         ),
     )
-    assert Group.outline_of(group.to_bytes()) == (4, group.rewards, 15)
+    assert Group.outline_of(group.to_bytes()) == (4, group.rewards, 15, 1)

@@ -7,7 +7,7 @@ comparison      a child's end              its exit code, looked at     runtime.
                                            every fifth of a second      row of metrics or a line in its log:
                                                                         then the child is killed
 child           see :mod:`vcpo.pipeline`   its run                      the comparison's end (its stdin)
-Ctrl-C          every child's end          SIGINT to each               30 s, or a second Ctrl-C: killed
+Ctrl-C          every child's end          SIGINT to each               100 s, or a second Ctrl-C: killed
 =============== ========================== ============================ ==================================
 
 Runs that share a warm-started model wait until the first of them has made it.
@@ -15,6 +15,7 @@ Runs that share a warm-started model wait until the first of them has made it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,9 +29,9 @@ from typing import Protocol
 
 from vcpo.compare.grid import Cell, differences, identity, warm_start_key
 from vcpo.config import load_config
-from vcpo.errors import ConfigError
-from vcpo.monitor.report import read_summary
-from vcpo.monitor.sinks import METRICS_FILE
+from vcpo.errors import CheckpointError, ConfigError
+from vcpo.monitor.report import CONFIG_FILE, SUMMARY_FILE, read_summary
+from vcpo.monitor.sinks import METRICS_FILE, read_metrics
 
 LOGS_FOLDER = "logs"
 HEADER = "-- "
@@ -39,8 +40,8 @@ ERROR = "error: "
 """Begins the line that says why a run failed."""
 INTERRUPTED = 130
 POLL_SECONDS = 0.2
-STOP_SECONDS = 30.0
-"""After Ctrl-C: time for every child to end its step and write a checkpoint."""
+STOP_SECONDS = 100.0
+"""After Ctrl-C: time for every child to end its step and write a checkpoint: more than a run gives itself."""
 
 
 class Listener(Protocol):
@@ -59,18 +60,31 @@ class Listener(Protocol):
         ...
 
 
+def damage(cell: Cell) -> str | None:
+    """Why nobody can tell whose run the folder of this cell has; None if it can be told, or has none."""
+    path = cell.folder / CONFIG_FILE
+    if not path.exists():
+        begun = (cell.folder / METRICS_FILE).exists() or (cell.folder / SUMMARY_FILE).exists()
+        return f"{path} is gone" if begun else None
+    try:
+        load_config(path)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def is_finished(cell: Cell) -> bool:
     """Whether the run of this cell was ended earlier.
 
     Raises ConfigError if its folder has a run with other settings.
     """
-    if (cell.folder / "config.toml").exists():
+    if (cell.folder / CONFIG_FILE).exists():
         _refuse_other_settings(cell)
-    return read_summary(cell.folder) is not None
+    return bool(read_summary(cell.folder))
 
 
 def _refuse_other_settings(cell: Cell) -> None:
-    there = load_config(cell.folder / "config.toml")
+    there = load_config(cell.folder / CONFIG_FILE)
     if identity(there) == identity(cell.config):
         return
     was, now = differences(cell.config, there), differences(there, cell.config)
@@ -168,7 +182,7 @@ class Child:
     def error(self, code: int) -> str:
         """Why it ended with ``code``: a signal's name, else the last line of its log."""
         if code < 0:
-            return f"ended by {signal.Signals(-code).name}; its log is {self.log}"
+            return f"ended by {_signal_name(-code)}; its log is {self.log}"
         told = (
             self.log.read_text(encoding="utf-8", errors="replace").rpartition(f"\n{HEADER}")[2].splitlines()
         )
@@ -176,13 +190,25 @@ class Child:
         return errors[-1] if errors else f"exit code {code}; its log is {self.log}"
 
 
-def _prepare(cell: Cell) -> Path | None:
-    """The folder to resume from, if there is a checkpoint in it; else whatever is there is removed."""
-    from vcpo.learner.checkpoint import latest_checkpoint
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals
+        return f"signal {number}"
 
-    if (cell.folder / "config.toml").exists() and latest_checkpoint(cell.folder) is not None:
-        return cell.folder
-    shutil.rmtree(cell.folder, ignore_errors=True)
+
+def _prepare(cell: Cell) -> Path | None:
+    """The folder to resume from, if it has a checkpoint and the metrics of all steps before it; else whatever
+    is there is removed."""
+    from vcpo.learner.checkpoint import latest_checkpoint, step_of
+
+    if (cell.folder / CONFIG_FILE).exists() and (checkpoint := latest_checkpoint(cell.folder)) is not None:
+        step = step_of(checkpoint)
+        with contextlib.suppress(CheckpointError):
+            if sum(row["step"] <= step for row in read_metrics(cell.folder)) == step:
+                return cell.folder
+    if cell.folder.exists():
+        shutil.rmtree(cell.folder)
     return None
 
 

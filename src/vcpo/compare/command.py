@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from vcpo.compare.children import Metrics, is_finished, run_cells
+from vcpo.compare.children import Metrics, damage, is_finished, run_cells
 from vcpo.compare.controls import make_controls
 from vcpo.compare.grid import (
     Cell,
-    check_environments,
+    check_files,
     differences,
     make_grid,
     parse_lags,
@@ -33,6 +33,7 @@ from vcpo.compare.results import (
     FAILED,
     RESULTS_FILE,
     Result,
+    impossible_results,
     known_results,
     result_of,
     summarise,
@@ -40,7 +41,7 @@ from vcpo.compare.results import (
 )
 from vcpo.compare.table import TABLE_FILE, rich_tables, write_table
 from vcpo.config import Config, apply_overrides, load_config
-from vcpo.errors import ConfigError
+from vcpo.errors import ConfigError, VcpoError
 from vcpo.monitor import words
 from vcpo.monitor.sinks import METRICS_FILE
 
@@ -101,7 +102,7 @@ def compare(grid: Grid, console: Console) -> Outcome:
     refuse_settings_of_the_grid(option[2:].partition("=")[0] for option in grid.overrides)
     methods, lags, seeds = parse_methods(grid.methods), parse_lags(grid.lags), parse_seeds(grid.seeds)
     cells = make_grid(base, methods, lags, seeds, grid.out)
-    with _locked(grid.out) as lock, _sigterm_is_an_interrupt():
+    with _locked(grid.out) as lock, _sigterm_is_an_interrupt(), _file_errors_are_told(grid.out):
         comparison = _Comparison(recipe, differences(recipe, base), grid, console, lock)
         completed = comparison.run("comparison", cells)
         if completed and grid.controls:
@@ -124,10 +125,16 @@ class _Comparison:
 
     def run(self, title: str, cells: Sequence[Cell]) -> bool:
         """Run those of ``cells`` that are not finished; false if interrupted."""
-        finished = {cell.name for cell in cells if is_finished(cell)}
-        results = {cell.name: result_of(cell) for cell in cells}
-        lost = [r.cell for r in results.values() if r.cell.name not in finished or not r.rows]
+        damaged = {cell.name: what for cell in cells if (what := damage(cell))}
+        finished = {cell.name for cell in cells if cell.name not in damaged and is_finished(cell)}
+        results = {cell.name: result_of(cell) for cell in cells if cell.name not in damaged}
+        lost = [c for c in cells if c.name not in finished or not results[c.name].rows]
         known = known_results(lost, self._recipe, self._out)
+        for cell in cells:
+            if cell.name in damaged and cell.name not in known:
+                raise ConfigError(
+                    f"{damaged[cell.name]}: restore it, or remove {cell.folder} to have it run again"
+                )
         finished |= known.keys()
         self._results |= results | known
         waiting = [cell for cell in cells if cell.name not in finished]
@@ -135,7 +142,7 @@ class _Comparison:
             self._console.print(f"{len(finished)} of {len(cells)} runs are there already", highlight=False)
         if not waiting:
             return True
-        check_environments(waiting)
+        check_files(waiting)
         steps = sum(cell.config.pipeline.steps - _rows(cell) for cell in waiting)
         with GridProgress(title, len(waiting), steps, self._console) as progress:
             try:
@@ -148,7 +155,7 @@ class _Comparison:
     def run_controls(self) -> bool:
         """Run the controls of all that is there; false if interrupted."""
         controls, impossible = make_controls(list(self._results.values()), self._out)
-        self._results |= {result.cell.name: result for result in impossible}
+        self._results |= impossible_results(impossible, self._recipe, self._out)
         return self.run("controls", controls)
 
     def has_ended(self, cell: Cell) -> bool:
@@ -215,6 +222,18 @@ def _locked(out: Path) -> Iterator[int]:
         raise ConfigError(f"another comparison is running in {out}: wait for its end, or stop it") from None
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _file_errors_are_told(out: Path) -> Iterator[None]:
+    """A full disk, a folder where a file should be, a name that is not text."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        raise VcpoError(
+            f"the comparison in {out} could not go on: {error}; runs that were completed are kept: when this "
+            "is mended, the same command goes on"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -17,21 +17,21 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vcpo.compare.grid import Cell, identity, make_cell
+from vcpo.compare.grid import CONTROLS_FOLDER, Cell, identity, make_cell
 from vcpo.compare.results import COMPLETED, Result
 from vcpo.config import Config
 from vcpo.monitor.sinks import write_atomically
 from vcpo.monitor.statistics import series
 from vcpo.pipeline.build import algorithm_of
 
-CONTROLS_FOLDER = "controls"
-ZERO_BASELINE = "zero-baseline"
+PERMUTED, ZERO_BASELINE = "permuted", "zero-baseline"
 
 Settings = tuple[tuple[str, object], ...]
 
 
 def make_controls(results: Sequence[Result], out: Path) -> tuple[list[Cell], list[Result]]:
-    """The control runs of a finished grid, and results of those that cannot be: their run failed.
+    """The control runs of a finished grid, and results of those that cannot be: their run failed, or its step
+    scales are gone.
 
     A control that is a run of the grid itself is left out. Writes the permuted factors below ``out``.
     """
@@ -46,6 +46,9 @@ def make_controls(results: Sequence[Result], out: Path) -> tuple[list[Cell], lis
             if result.status != COMPLETED:
                 reason = f"{cell.name} was not completed: there is nothing to control"
                 impossible.append(Result.without_run(control, reason))
+            elif suffix == PERMUTED and not Path(control.config.algorithm.step_scales).exists():
+                reason = f"the metrics of {cell.name} are gone, and its step scales with them"
+                impossible.append(Result.without_run(control, reason))
             elif identity(control.config) not in known:
                 cells.append(control)
     return cells, impossible
@@ -58,9 +61,7 @@ def _controls(result: Result, out: Path) -> Iterator[tuple[str, Settings]]:
     if algorithm.step_rule != "off" and not config.algorithm.step_scales:
         rate = config.learner.learning_rate * (result.figure("step_scale_mean") if done else 1.0)
         yield "constant-lr", (("algorithm.step_scale", "off"), ("learner.learning_rate", rate))
-        factors = _permuted(result, out) if done else ""
-        if factors is not None:
-            yield "permuted", (("algorithm.step_scales", factors),)
+        yield PERMUTED, (("algorithm.step_scales", _permuted(result, out) if done else ""),)
     if algorithm.baseline.needs_score_norms:
         yield ZERO_BASELINE, (("algorithm.baseline", "zero"),)
 
@@ -70,14 +71,12 @@ def _without_margin(config: Config) -> Config:
     return config.model_copy(update={"algorithm": config.algorithm.model_copy(update={"margin": None})})
 
 
-def _permuted(result: Result, out: Path) -> Path | None:
-    """The permuted factors of a run, written anew; of a run whose metrics are gone, the file that is there,
-    or None if there is none."""
+def _permuted(result: Result, out: Path) -> Path:
+    """The file of a run's permuted factors, written anew if its metrics are there."""
     scales = series(result.rows, "step_scale")[1]
-    if scales:
+    if len(scales) == result.cell.config.pipeline.steps:
         return write_permuted(scales, result.cell, out)
-    path = out / CONTROLS_FOLDER / f"{result.cell.name}.json"
-    return path if path.exists() else None
+    return out / CONTROLS_FOLDER / f"{result.cell.name}.json"
 
 
 def write_permuted(scales: Sequence[float], cell: Cell, out: Path) -> Path:

@@ -168,7 +168,7 @@ def accuracy_over_steps(results: Sequence[Result], key: str, styles: Mapping[str
     def evaluations(result: Result) -> list[Point]:
         points = dict(zip(*series(result.rows, key), strict=True))
         before, after = result.figure(f"{key}_before"), result.figure(f"{key}_after")
-        ends = {0: before} | ({result.summary["steps"]: after} if after is not None else {})
+        ends = {0: before} | ({result.cell.config.pipeline.steps: after} if after is not None else {})
         return sorted((step, value) for step, value in (points | ends).items() if value is not None)
 
     return _over_steps(results, evaluations, styles, average=None, axes_of=from_zero)

@@ -19,10 +19,13 @@ from vcpo.config import Config, apply_overrides
 from vcpo.config.settings import SETTINGS
 from vcpo.errors import ConfigError
 from vcpo.pipeline.build import algorithm_of
+from vcpo.pipeline.calibration import find_calibration
 from vcpo.pipeline.engines import check_engine
 from vcpo.pipeline.processes import check_processes
+from vcpo.pipeline.step_scales import read_step_scales
 
 RUNS_FOLDER = "runs"
+CONTROLS_FOLDER = "controls"
 
 OF_THE_GRID = {
     "run.name": "the cell names the run",
@@ -36,6 +39,7 @@ OF_THE_GRID = {
 
 MOST_NUMBERS = 1000
 """The longest list of seeds, or of lags: more are a slip of the pen."""
+MOST_RUNS = 20_000
 _LONGEST_NAME = 180
 """Bytes of a label in the name of a folder: file systems take 255, with lag, seed and ending."""
 _PLACES = ("run.name", "run.folder")
@@ -176,8 +180,14 @@ def make_grid(
 
     A cell whose config is that of an earlier one is left out. Nothing is run or written.
 
-    Raises ConfigError that names the cell, for settings and parts that do not go together.
+    Raises ConfigError that names the cell, for settings and parts that do not go together; and for more cells
+    than anybody can mean.
     """
+    if (count := len(methods) * len(lags) * len(seeds)) > MOST_RUNS:
+        raise ConfigError(
+            f"{len(methods)} methods, {len(lags)} lags and {len(seeds)} seeds are {count} runs, and "
+            f"{MOST_RUNS} are the most: ask for fewer at once, in the same --out"
+        )
     grid = [
         make_cell(base, method.label, ((("algorithm.name", method.name)), *method.settings), lag, seed, out)
         for seed in seeds
@@ -215,8 +225,9 @@ def make_cell(
     return Cell(label, config, control_of)
 
 
-def check_environments(cells: Iterable[Cell]) -> None:
-    """Make the environment of every cell, as a plan does, each once: it reads its data and refuses settings.
+def check_files(cells: Iterable[Cell]) -> None:
+    """Read what the runs will read: the data of every environment, which is made as a plan makes it, step
+    scales, calibrations; each once.
 
     Raises ConfigError that names the cell.
     """
@@ -226,11 +237,13 @@ def check_environments(cells: Iterable[Cell]) -> None:
     for cell in cells:
         parts = ("environment", "model", "lora")
         key = json.dumps([getattr(cell.config, part).model_dump(mode="json") for part in parts])
-        if key in seen:
-            continue
-        seen.add(key)
         try:
-            check_environment(cell.config)
+            if key not in seen:
+                check_environment(cell.config)
+                seen.add(key)
+            read_step_scales(cell.config)
+            if cell.config.algorithm.on_policy_ratio == "calibrated":
+                find_calibration(cell.config, None)
         except ConfigError as error:
             raise type(error)(f"{cell.method} at lag {cell.lag}: {error}") from error
 
@@ -252,8 +265,7 @@ def without_duplicates(cells: Iterable[Cell]) -> list[Cell]:
 def identity(config: Config) -> str:
     """Equal for configs of the same run: all settings but its name, its place, and how it is run."""
     settings = config.model_dump(mode="json", exclude={"run": {"name", "folder"}, "runtime": True})
-    # A control's file is the same one wherever the command is given.
-    settings["algorithm"]["step_scales"] = Path(config.algorithm.step_scales).name
+    settings["algorithm"]["step_scales"] = _step_scales(config)
     return json.dumps(settings, sort_keys=True)
 
 
@@ -263,8 +275,14 @@ def fingerprint(config: Config) -> str:
     changed = differences(Config(), config)
     settings = {k: v for k, v in changed.items() if k not in _PLACES and not k.startswith("runtime.")}
     if config.algorithm.step_scales:
-        settings["algorithm.step_scales"] = Path(config.algorithm.step_scales).name
+        settings["algorithm.step_scales"] = _step_scales(config)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _step_scales(config: Config) -> str:
+    """The file of a control is the same one wherever the command is given; one of the user's is not."""
+    name = Path(config.algorithm.step_scales)
+    return name.name if name.parent.name == CONTROLS_FOLDER else config.algorithm.step_scales
 
 
 def differences(before: Config, after: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from vcpo.compare.results import COMPLETED, FAILED, Result
+from vcpo.compare.results import COMPLETED, FAILED, Result, failures
 from vcpo.monitor import words
 
 TOLD_EPISODES = 0.01
@@ -31,12 +31,12 @@ def _unreached_lags(results: Sequence[Result]) -> Iterator[str]:
 
 def _failed_episodes(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
-        episodes, failed = (result.figure(key) or 0 for key in ("episodes", "failed_episodes"))
-        if result.status == COMPLETED and failed > TOLD_EPISODES * episodes:
-            yield (
-                f"{result.cell}: {words.amount(failed)} of {words.amount(episodes)} episodes failed "
-                "(reward 0, nothing to learn from); its log says why"
-            )
+        for what, (failed, episodes) in failures(result.summary).items():
+            if result.status == COMPLETED and failed > TOLD_EPISODES * episodes:
+                yield (
+                    f"{result.cell}: {words.amount(failed)} of {words.amount(episodes)} {what} failed "
+                    "(reward 0, nothing to learn from); its log says why"
+                )
 
 
 def _without_curves(results: Sequence[Result]) -> Iterator[str]:
@@ -44,5 +44,5 @@ def _without_curves(results: Sequence[Result]) -> Iterator[str]:
     if count:
         yield (
             f"{count} of {len(results)} runs are known by their figures alone, as their metrics are not "
-            "here: they have no curves"
+            "here: they have no curves, and only a row that was kept knows whether they collapsed"
         )

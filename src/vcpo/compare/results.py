@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,6 +34,7 @@ _FIGURES = {
     "step_scale_mean": "step_scale_mean",
     "steps": "steps",
     "tokens": "tokens",
+    "accuracy_after_failed": "accuracy_after_failed",
     "episodes": "episodes",
     "failed_episodes": "failed_episodes",
     "wall_seconds": "wall_seconds",
@@ -86,13 +87,15 @@ class Result:
 def result_of(cell: Cell, error: str | None = None) -> Result:
     """Read a run's folder, whatever is in it; ``error`` is why the run failed.
 
-    A finished run whose metrics are gone or damaged is completed, as its summary has its figures.
+    A finished run whose metrics are gone, or not whole, is completed, as its summary has its figures.
     """
     try:
         run = load_run(cell.folder)
     except CheckpointError:  # it has no metrics yet, or none that can be read
         summary = read_summary(cell.folder)
         run = Run(cell.folder, (), summary or {}, finished=summary is not None, config="")
+    if run.finished and len(run.rows) != cell.config.pipeline.steps:
+        run = replace(run, rows=())
     error = error or _failed_episodes(run)
     status = FAILED if error is not None else COMPLETED if run.finished else UNFINISHED
     summary = run.summary
@@ -107,11 +110,22 @@ def result_of(cell: Cell, error: str | None = None) -> Result:
 
 def _failed_episodes(run: Run) -> str | None:
     """Why a finished run says nothing about its method; None if it does."""
-    episodes, failed = (run.summary.get(key) or 0 for key in ("episodes", "failed_episodes"))
-    if not run.finished or failed <= MOST_EPISODES * episodes:
-        return None
     hint = f"its log says why; remove {run.folder} to have it run again"
-    return f"{failed} of its {episodes} episodes failed, {hint}"
+    for what, (failed, episodes) in failures(run.summary).items():
+        if run.finished and failed > MOST_EPISODES * episodes:
+            return f"{failed} of its {episodes} {what} failed, {hint}"
+    return None
+
+
+def failures(summary: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """How many failed, of how many: episodes of training, and of the evaluation after it."""
+    return {
+        "episodes": (summary.get("failed_episodes") or 0, summary.get("episodes") or 0),
+        "held-out episodes": (
+            summary.get("accuracy_after_failed") or 0,
+            summary.get("held_out_problems") or 0,
+        ),
+    }
 
 
 def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str, Result]:
@@ -120,7 +134,7 @@ def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str,
 
     Raises ConfigError for a row with other settings: it would be lost.
     """
-    rows = {row["run"]: row for row in _read_rows(out) if row["status"] == COMPLETED}
+    rows = _completed_rows(out)
     known = {}
     for cell in cells:
         row = rows.get(cell.name)
@@ -131,9 +145,30 @@ def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str,
                 f"{out / RESULTS_FILE} has a row of {cell.name} with other settings: choose another --out, "
                 "or remove that line if it is not needed any more"
             )
-        summary = {summary_key: row.get(key) for key, summary_key in _FIGURES.items()}
-        known[cell.name] = Result(cell, COMPLETED, None, summary, (), row["collapsed_at"])
+        known[cell.name] = _result_of_row(cell, row)
     return known
+
+
+def impossible_results(results: Iterable[Result], recipe: Config, out: Path) -> dict[str, Result]:
+    """By name, of controls that cannot be run now: those that were completed before, as results.jsonl has
+    them, if that is of the same settings; else nothing, as that row stays; else the failure."""
+    rows, found = _completed_rows(out), {}
+    for result in results:
+        name, row = result.cell.name, rows.get(result.cell.name)
+        if row is None:
+            found[name] = result
+        elif _has_the_settings(row, result.cell, recipe):
+            found[name] = _result_of_row(result.cell, row)
+    return found
+
+
+def _completed_rows(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["run"]: row for row in _read_rows(out) if row.get("status") == COMPLETED}
+
+
+def _result_of_row(cell: Cell, row: Mapping[str, Any]) -> Result:
+    summary = {summary_key: row.get(key) for key, summary_key in _FIGURES.items()}
+    return Result(cell, COMPLETED, None, summary, (), row["collapsed_at"])
 
 
 def _has_the_settings(row: Mapping[str, Any], cell: Cell, recipe: Config) -> bool:
@@ -145,34 +180,53 @@ def _has_the_settings(row: Mapping[str, Any], cell: Cell, recipe: Config) -> boo
 
 
 def write_results(results: Sequence[Result], recipe: Config, out: Path) -> Path:
-    """Write results.jsonl: a row a run, and after them the rows that earlier commands have left of others."""
-    path, names = out / RESULTS_FILE, {result.cell.name for result in results}
-    rows = [result.row(recipe) for result in results]
+    """Write results.jsonl: a row a run, and after them the rows that earlier commands have left of others.
+
+    A completed row is not replaced by one of a run that is not.
+    """
+    path, names, before = out / RESULTS_FILE, {result.cell.name for result in results}, _completed_rows(out)
+    rows = [
+        result.row(recipe) if result.status == COMPLETED else before.get(result.cell.name, result.row(recipe))
+        for result in results
+    ]
     rows += [row for row in _read_rows(out) if row["run"] not in names]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def _read_rows(out: Path) -> list[dict[str, Any]]:
-    """Raises CheckpointError for a file that cannot be read."""
+    """Raises ConfigError for a file that cannot be read, and for a line that is no row."""
     path = out / RESULTS_FILE
     if not path.exists():
         return []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; move it away to begin anew") from error
+        raise ConfigError(f"cannot read {path}: {error}; move it away to begin anew") from error
     rows = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            if {"run", "status", "overrides", "collapsed_at"} <= row.keys():
-                rows.append(row)
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(
+            _check_row(row)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
                 f"{path}, line {number} is not the row of a run: remove that line, or restore the file"
             ) from error
+        rows.append(row)
     return rows
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Raises TypeError or KeyError for what is none; rows of earlier versions have figures less."""
+    figures = [row.get(key) for key in _FIGURES]
+    if not isinstance(row["run"], str) or not isinstance(row["overrides"], dict):
+        raise TypeError
+    if not all(isinstance(value, int | float | None) for value in (*figures, row["collapsed_at"])):
+        raise TypeError
+    if row["status"] == COMPLETED and None in (row.get("accuracy_after"), row.get("steps")):
+        raise KeyError
 
 
 def _overrides(recipe: Config, config: Config) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
-from vcpo.compare.children import ERROR, INTERRUPTED
+from vcpo.compare.children import ERROR, INTERRUPTED, STOP_SECONDS
 from vcpo.config import Config
-from vcpo.errors import VcpoError
+from vcpo.errors import CheckpointError, VcpoError
 from vcpo.monitor.progress import RichProgress
 
 
@@ -25,6 +26,8 @@ def _stop_when_stdin_ends() -> None:
         while os.read(0, 1024):
             pass
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(STOP_SECONDS)  # code that blocks, or hides every error, does not hear it
+        os._exit(INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -46,7 +49,8 @@ def main() -> int:
         if not isinstance(error, VcpoError):
             traceback.print_exc()
         name = "" if isinstance(error, VcpoError) else f"{type(error).__name__}: "
-        sys.stderr.write(f"{ERROR}{name}{' '.join(str(error).split())}\n")
+        hint = f"; remove {resume} to have it begin anew" if isinstance(error, CheckpointError) else ""
+        sys.stderr.write(f"{ERROR}{name}{' '.join(str(error).split())}{hint}\n")
         return 1
     return 0 if summary["completed"] else INTERRUPTED
 

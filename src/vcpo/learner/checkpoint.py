@@ -37,6 +37,11 @@ def checkpoint_path(run_folder: Path, step: int) -> Path:
     return run_folder / FOLDER / f"step-{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Inverse of :func:`checkpoint_path`."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def latest_checkpoint(run_folder: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
     return max((run_folder / FOLDER).glob("step-??????"), default=None)

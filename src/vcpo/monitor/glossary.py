@@ -252,6 +252,13 @@ _METRICS = (
         "What a step cost is this plus tokens: compare runs at equal sums.",
     ),
     Metric(
+        "skipped_failed_episodes",
+        "data",
+        "episodes",
+        "Episodes of the skipped groups whose environment failed twice; only with dynamic sampling.",
+        "0; a group whose episodes all fail has equal rewards: it is skipped, and not in failed_episodes.",
+    ),
+    Metric(
         "teacher_error",
         "data",
         "",

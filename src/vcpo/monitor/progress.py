@@ -261,6 +261,9 @@ def _variance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("mean ESS ratio", words.amount(ess)))
     if failed := words.number(summary, "failed_episodes"):
         rows.append(("failed episodes", f"{words.amount(failed)}; the samplers' logs say why"))
+    if failed := words.number(summary, "accuracy_after_failed"):
+        told = f"{words.amount(failed)}, counted as wrong answers; the samplers' logs say why"
+        rows.append(("failed held-out episodes", told))
     return rows
 
 

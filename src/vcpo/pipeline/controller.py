@@ -31,18 +31,20 @@ run        an evaluation                every sampler                        run
 ========== ============================ ==================================== =====================
 
 Every wait also ends when a worker dies (the runtime cancels ``run`` and raises the worker's error) or when
-``stop`` is called. Order on the channel to a sampler is the order of calls here: weights are sent before
-the groups admitted after them, which is what the bound in :mod:`vcpo.pipeline.window` rests on. A sampler's
-checksum is compared with the learner's while the next step runs.
+``stop`` is called: at once, or, where a sampler is waited for, when ``hurry`` follows. Order on the channel
+to a sampler is the order of calls here: weights are sent before the groups admitted after them, which is what
+the bound in :mod:`vcpo.pipeline.window` rests on. A sampler's checksum is compared with the learner's while
+the next step runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vcpo.config import Config
 from vcpo.errors import CheckpointError, WorkerError
@@ -52,10 +54,16 @@ from vcpo.pipeline.dynamic_sampling import Sieve
 from vcpo.pipeline.evaluation import accuracy
 from vcpo.pipeline.fleet import Fleet
 from vcpo.pipeline.journal import Journal
-from vcpo.pipeline.ports import Arrivals, LearnerPort, Outcome, Publication
+from vcpo.pipeline.ports import Arrivals, LearnerPort, Outcome, Publication, Rewards
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.window import Window
-from vcpo.trajectory import Group
+from vcpo.trajectory import Group, Outline
+
+T = TypeVar("T")
+
+
+class GivenUpError(Exception):
+    """What was waited for will not be there: the run was asked to stop, and that took too long."""
 
 
 @dataclass
@@ -78,16 +86,16 @@ class Controller:
 
     def __post_init__(self) -> None:
         self._arrived = asyncio.Event()
-        self._stopped = asyncio.Event()
+        self._stopped, self._hurried = asyncio.Event(), asyncio.Event()
         self._broken: BaseException | None = None
         self._published: asyncio.Future[Any] | None = None
         self._begun = time.perf_counter()
         self._last_accuracy: dict[str, float] = {}
-        self._unsifted: dict[int, tuple[int, list[float], int]] = {}
-        """Finished groups that the sieve has not seen: problem, rewards, tokens."""
+        self._unsifted: dict[int, Outline] = {}
+        """Finished groups that the sieve has not seen."""
         self._skipped: list[int] = []
         """Since the last checkpoint."""
-        self._skipped_groups = self._skipped_tokens = 0
+        self._skipped_groups = self._skipped_tokens = self._skipped_failures = 0
         self._busy = 0.0
         self.seconds_evaluating = 0.0
 
@@ -95,6 +103,10 @@ class Controller:
         """Finish the step in progress, write a checkpoint, end."""
         self._stopped.set()
         self._arrived.set()
+
+    def hurry(self) -> None:
+        """After ``stop``: give up what is being played or evaluated; those who wait get GivenUpError."""
+        self._hurried.set()
 
     async def collect(self) -> None:
         """Journal groups as they arrive, and have others played in the place of those that are skipped. Never
@@ -105,6 +117,8 @@ class Controller:
                 # In one process ``run`` does it, between two waits, so that the order is always the same.
                 if self.config.pipeline.mode == "async" and self._sift():
                     await self._admit()
+        except GivenUpError:
+            pass  # the run ends
         except Exception as error:  # nobody awaits this task before the end of the run
             self.fail(error)
 
@@ -120,7 +134,7 @@ class Controller:
         new = [
             (number, record)
             for _, number, record in batch
-            if self.fleet.finished(number, Group.outline_of(record)[2])
+            if self.fleet.finished(number, Group.outline_of(record).tokens)
         ]
         self.journal.append(new)
         for number, record in new:
@@ -137,15 +151,16 @@ class Controller:
         """Let finished groups into the window, or skip them, in their order; true if one was skipped."""
         waiting, self._unsifted = self._unsifted, {}
         skipped: list[int] = []
-        for number, (problem, rewards, tokens) in sorted(waiting.items()):
-            if self.sieve is None or self.sieve.keeps(number, rewards):
+        for number, group in sorted(waiting.items()):
+            if self.sieve is None or self.sieve.keeps(number, group.rewards):
                 self.window.finish(number)
                 continue
             self.window.skip(number)
-            self._skipped_tokens += tokens
+            self._skipped_tokens += group.tokens
+            self._skipped_failures += group.failed
             skipped.append(number)
             if self._selects:
-                self.unheard.append((problem, sum(rewards) / len(rewards)))
+                self.unheard.append((group.problem, sum(group.rewards) / len(group.rewards)))
         self._skipped += skipped
         self._skipped_groups += len(skipped)
         return bool(skipped)
@@ -157,20 +172,26 @@ class Controller:
 
     async def run(self) -> bool:
         """Train; true if all steps were taken, false if stopped before."""
-        pipeline = self.config.pipeline
-        admitting = await self._admit()
+        pipeline, admitting = self.config.pipeline, 0.0
+        with contextlib.suppress(GivenUpError):
+            admitting = await self._admit()
         while self.version < pipeline.steps:
             taken, waited = await self._minibatch()
             if taken is None:
                 break
             row = await self._step(taken)
-            await self._evaluate_if_due(row)
-            admitted = await self._admit()
-            self._record(row | {"seconds_waiting": waited + admitting + admitted})
+            begun = time.perf_counter()
+            with contextlib.suppress(GivenUpError):  # the step counts; no other one follows
+                await self._evaluate_if_due(row)
+                begun = time.perf_counter()
+                await self._admit()
+            waited += admitting + time.perf_counter() - begun
+            self._record(row | {"seconds_waiting": waited})
             admitting = 0.0
             if self._due(self.config.learner.checkpoint_every):
                 await self.checkpoint()
-        await self._publication_served()
+        with contextlib.suppress(GivenUpError):
+            await self._publication_served()
         await self.checkpoint()
         return self.version >= pipeline.steps
 
@@ -191,10 +212,10 @@ class Controller:
     def _selects(self) -> bool:
         return self.config.pipeline.selection != "all"
 
-    async def evaluate(self, problems: int, *, greedy: bool) -> list[float]:
+    async def evaluate(self, problems: int, *, greedy: bool) -> Rewards:
         """Rewards on the first held-out problems, shared out among the samplers."""
         begun, busy = time.perf_counter(), self.fleet.busy_seconds
-        rewards = await self.fleet.evaluate(problems, greedy=greedy)
+        rewards = await self._unless_hurried(self.fleet.evaluate(problems, greedy=greedy))
         self.seconds_evaluating += time.perf_counter() - begun
         self._busy += self.fleet.busy_seconds - busy  # not a step's sampling
         return rewards
@@ -226,7 +247,8 @@ class Controller:
         skipped, self.unheard = self.unheard, []
         result = await self.learner.step(records, skipped)
         published = time.perf_counter()
-        await self._publish(result.publication)
+        with contextlib.suppress(GivenUpError):  # nobody plays with these weights any more
+            await self._publish(result.publication)
         self.window.complete()
         if self.sieve is not None:
             self.sieve.forget(taken)
@@ -262,8 +284,20 @@ class Controller:
 
     async def _publication_served(self) -> None:
         if self._published is not None:
-            await self._published
+            await self._unless_hurried(self._published)
             self._published = None
+
+    async def _unless_hurried(self, work: Awaitable[T]) -> T:
+        """What ``work`` gives. Raises GivenUpError, and cancels it, if the run must end now."""
+        task, hurried = asyncio.ensure_future(work), asyncio.ensure_future(self._hurried.wait())
+        try:
+            await asyncio.wait({task, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise GivenUpError
+            return task.result()
+        finally:
+            task.cancel()
+            hurried.cancel()
 
     async def _evaluate_if_due(self, row: dict[str, Any]) -> None:
         """Evaluate the version just made if it is due, before anything new is admitted under it."""
@@ -298,12 +332,11 @@ class Controller:
             else:
                 missing.append(number)
         problems = await self._problems(missing)
-        await self.fleet.order(
-            [
-                GroupOrder(number, self.version, problem)
-                for number, problem in zip(missing, problems, strict=True)
-            ]
-        )
+        orders = [
+            GroupOrder(number, self.version, problem)
+            for number, problem in zip(missing, problems, strict=True)
+        ]
+        await self._unless_hurried(self.fleet.order(orders))
 
     async def _problems(self, numbers: Sequence[int]) -> Sequence[int | None]:
         """What groups play; None: the problem of their number."""
@@ -321,8 +354,12 @@ class Controller:
         if self.config.pipeline.mode == "async":
             row |= {"samplers": self.fleet.describe(self.version)}
         if self.sieve is not None:
-            row |= {"skipped_groups": self._skipped_groups, "skipped_tokens": self._skipped_tokens}
-            self._skipped_groups = self._skipped_tokens = 0
+            row |= {
+                "skipped_groups": self._skipped_groups,
+                "skipped_tokens": self._skipped_tokens,
+                "skipped_failed_episodes": self._skipped_failures,
+            }
+            self._skipped_groups = self._skipped_tokens = self._skipped_failures = 0
         self.writer.write(row)
         self.progress.advance(row | self._last_accuracy)
 

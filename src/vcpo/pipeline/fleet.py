@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vcpo.errors import PublicationError, SamplerLost, WorkerError
-from vcpo.pipeline.ports import Publication, SamplerPort
+from vcpo.pipeline.ports import Publication, Rewards, SamplerPort
 from vcpo.pipeline.rollout import GroupOrder
 
 log = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class Fleet:
             )
         member.version, member.checksum = max(member.version, publication.version), answer
 
-    async def evaluate(self, problems: int, *, greedy: bool) -> list[float]:
+    async def evaluate(self, problems: int, *, greedy: bool) -> Rewards:
         """Rewards on the first held-out problems, shared out; what a lost sampler had is done by another."""
         serving = await self._somebody()
         share = -(-problems // len(serving))
@@ -248,7 +248,7 @@ class Fleet:
         )
         return [reward for part in rewards for reward in part]
 
-    async def _evaluate(self, member: Member, first: int, count: int, greedy: bool) -> list[float]:
+    async def _evaluate(self, member: Member, first: int, count: int, greedy: bool) -> Rewards:
         while True:
             try:
                 return await member.port.evaluate(first, count, greedy=greedy)

@@ -71,6 +71,10 @@ class LearnerPort(Protocol):
         ...
 
 
+Rewards = Sequence[float | None]
+"""Of an evaluation; None: the episode failed."""
+
+
 class SamplerPort(Protocol):
     """One sampler with its environments, wherever it lives. Asked for something when it is gone, it raises
     SamplerLost if the run can do without it."""
@@ -91,7 +95,7 @@ class SamplerPort(Protocol):
         """Ask for groups; each arrives in the queue the port was made with."""
         ...
 
-    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]: ...
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> Rewards: ...
 
 
 Arrivals = asyncio.Queue[tuple[str, int, bytes]]

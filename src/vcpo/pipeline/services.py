@@ -26,7 +26,7 @@ from vcpo.pipeline.build import (
 )
 from vcpo.pipeline.dynamic_sampling import dynamic_sampling
 from vcpo.pipeline.engines import ENGINES, Share
-from vcpo.pipeline.ports import Begun, Outcome
+from vcpo.pipeline.ports import Begun, Outcome, Rewards
 from vcpo.pipeline.rollout import GroupOrder, RolloutLoop
 from vcpo.pipeline.selection import Selector
 from vcpo.policy.loading import Policy, load_policy
@@ -206,9 +206,10 @@ class RolloutService:
     async def publish(self, version: int, weights: Weights, probe: Probe | None = None) -> str:
         return await self._sampler.update(version, weights, probe)
 
-    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> Rewards:
         """Rewards on held-out problems ``first`` … ``first + count - 1``."""
-        return [t.reward for t in await self._loop.evaluate(first, count, greedy=greedy)]
+        played = await self._loop.evaluate(first, count, greedy=greedy)
+        return [None if t.outcome == "failed" else t.reward for t in played]
 
     async def close(self) -> None:
         await self._sampler.close()

@@ -12,7 +12,7 @@ from vcpo.config import Config
 from vcpo.monitor.progress import Progress
 from vcpo.monitor.sinks import METRICS_FILE, MetricsWriter, read_metrics
 from vcpo.monitor.statistics import run_totals, time_spent, total
-from vcpo.pipeline.controller import Controller
+from vcpo.pipeline.controller import Controller, GivenUpError
 from vcpo.pipeline.dynamic_sampling import Sieve
 from vcpo.pipeline.evaluation import success_figures
 from vcpo.pipeline.fleet import Fleet
@@ -108,6 +108,8 @@ async def train_session(
             progress.phase("evaluation after", None)
             after = await _evaluation(controller, "after")
             await parts.learner.export(run.model)
+        except GivenUpError:
+            return interrupted_summary(run)
         finally:
             collecting.cancel()
             controller.journal.close()
@@ -145,8 +147,8 @@ def _figures(config: Config, run: RunFolder, parts: Parts, controller: Controlle
         "lag": pipeline.lag,
         "lag_bound": lag_bound_of(config),
         **run_totals(rows),
-        "episodes": len(rows) * pipeline.prompts * pipeline.group_size,
-        "failed_episodes": int(total(rows, "failed_episodes")),
+        "episodes": (len(rows) * pipeline.prompts + int(total(rows, "skipped_groups"))) * pipeline.group_size,
+        "failed_episodes": int(total(rows, "failed_episodes") + total(rows, "skipped_failed_episodes")),
         "action_tokens": int(total(rows, "action_tokens")),
         "seconds_evaluating": controller.seconds_evaluating,
         "wall_seconds": before_resume + time.perf_counter() - parts.begun_at,

@@ -28,7 +28,7 @@ from vcpo.monitor.progress import Progress
 from vcpo.pipeline.controller import Controller
 from vcpo.pipeline.engines import Share
 from vcpo.pipeline.fleet import Fleet
-from vcpo.pipeline.ports import Arrivals, Outcome, Publication, StepResult
+from vcpo.pipeline.ports import Arrivals, Outcome, Publication, Rewards, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.services import LearnerService, RolloutService
@@ -124,7 +124,7 @@ class InlineSampler:
             playing.cancel()
         await asyncio.gather(*self._playing, return_exceptions=True)
 
-    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> Rewards:
         return await self._service.evaluate(first, count, greedy=greedy)
 
 

@@ -11,16 +11,21 @@ from typing import Any
 from vcpo.pipeline.controller import Controller
 
 STOP_SECONDS = 3.0
-"""After Ctrl-C: time for the step in progress and a checkpoint; then the run is ended where it stands."""
+"""After Ctrl-C: time for the step in progress; then what is being played or evaluated is given up, and the
+last complete step is written down."""
+LAST_SECONDS = 90.0
+"""Then the run is ended where it stands: a learner's step, or a checkpoint, has taken longer than this."""
 
 
 def stop_in_order(controller: Controller | None, training: asyncio.Task[Any]) -> None:
-    """Let the controller end by itself if there is one; end it anyway soon after."""
+    """Let the controller end by itself if there is one, then in a hurry, then anyway."""
     if controller is None:
         training.cancel()
         return
     controller.stop()
-    asyncio.get_running_loop().call_later(STOP_SECONDS, training.cancel)
+    loop = asyncio.get_running_loop()
+    loop.call_later(STOP_SECONDS, controller.hurry)
+    loop.call_later(LAST_SECONDS, training.cancel)
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:

@@ -35,7 +35,7 @@ from vcpo.errors import WorkerError
 from vcpo.monitor.progress import Progress
 from vcpo.pipeline.controller import Controller
 from vcpo.pipeline.fleet import Fleet
-from vcpo.pipeline.ports import Arrivals, Begun, Outcome, Publication, StepResult
+from vcpo.pipeline.ports import Arrivals, Begun, Outcome, Publication, Rewards, StepResult
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
 from vcpo.pipeline.session import Parts, WarmStartPhase, interrupted_summary, train_session
@@ -226,7 +226,7 @@ class LocalSampler:
         self._worker.tell("order", orders=[(o.index, o.version, o.problem) for o in orders])
         await self._worker.flush()
 
-    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> Rewards:
         header, _ = await self._worker.request("evaluate", first=first, count=count, greedy=greedy)
         self._busy = header["busy"]
         return header["rewards"]

@@ -31,7 +31,7 @@ from vcpo import __version__
 from vcpo.config import Config
 from vcpo.errors import ConfigError, EngineLost, SamplerLost, VcpoError, WorkerError
 from vcpo.pipeline.fleet import Fleet
-from vcpo.pipeline.ports import Arrivals, Publication
+from vcpo.pipeline.ports import Arrivals, Publication, Rewards
 from vcpo.pipeline.processes import sampler_request
 from vcpo.pipeline.rollout import GroupOrder
 from vcpo.pipeline.run_folder import RunFolder
@@ -127,7 +127,7 @@ class RaySampler:
         self.groups += 1
         self._arrivals.put_nowait((self._name, index, reply["record"]))
 
-    async def evaluate(self, first: int, count: int, *, greedy: bool) -> list[float]:
+    async def evaluate(self, first: int, count: int, *, greedy: bool) -> Rewards:
         return (await self._call("evaluate", first, count, greedy))["rewards"]
 
     def _call(self, method: str, *arguments: Any) -> Awaitable[Reply]:
