@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -60,6 +61,7 @@ def cells_of(out: Path, *overrides: str, seeds: int = 1) -> list[Cell]:
     [
         ("echo 'error: no luck' >&2; echo bye; exit 1", 60, "no luck"),
         ("kill -KILL $$", 60, "ended by SIGKILL; its log is "),
+        ("kill -40 $$", 60, "ended by signal 40; its log is "),
         ("exit 3", 60, "exit code 3; its log is "),
         (
             "exec sleep 60",
@@ -137,6 +139,33 @@ def test_rows_are_counted_over_a_file_that_resuming_makes_shorter(tmp_path: Path
     assert (metrics.update(), metrics.rows) == (2, 2)
     path.write_text("{}\n")
     assert (metrics.update(), metrics.rows) == (-1, 1)
+
+
+def test_a_checkpoint_without_the_metrics_of_its_steps_is_not_resumed(tmp_path: Path, stub: Stub) -> None:
+    (cell,) = cells_of(tmp_path)
+    checkpoint = cell.folder / "checkpoints" / "step-000002"
+    for rows, resumed in ((2, True), (1, False)):
+        checkpoint.mkdir(parents=True)
+        (cell.folder / "config.toml").touch()
+        (cell.folder / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, rows + 1)))
+        stub(f"test -d {checkpoint}")
+        failed = run_cells([cell], tmp_path, 1, Listener())
+        assert (failed == {}) is resumed
+        if resumed:
+            shutil.rmtree(cell.folder)
+
+
+def test_what_the_file_system_refuses_is_told_in_one_line(
+    tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub("exit 0")
+    out = tmp_path / "out"
+    (out / "table.md").mkdir(parents=True)
+    assert main(["compare", "maze", "--methods", "vcpo", "--seeds", "1", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"the comparison in {out} could not go on: [Errno 21] Is a directory" in error
+    assert "the same command goes on" in error
 
 
 def test_failed_runs_are_rows_and_exit_code_1(

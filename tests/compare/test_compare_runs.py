@@ -76,6 +76,22 @@ def test_a_grid_is_run_once_and_goes_on_where_it_was_lost(
     assert main([*command, *TINY, "--pipeline.steps", "4"]) == 2
     assert "has a run with other settings (pipeline.steps was 3 and is now 4)" in capsys.readouterr().err
 
+    # A damaged run's row counts; without it nobody can tell whose run it is.
+    config, rows = out / "runs" / lost / "config.toml", (out / "results.jsonl").read_text()
+    for damage, told in (
+        (config.unlink, "config.toml is gone"),
+        (lambda: config.write_text("["), "broken TOML"),
+    ):
+        damage()
+        capsys.readouterr()
+        assert main([*command, *TINY]) == 0
+        assert "4 of 4 runs are there already" in capsys.readouterr().out
+        (out / "results.jsonl").unlink()
+        assert main([*command, *TINY]) == 2
+        error = capsys.readouterr().err
+        assert told in error and f"restore it, or remove {out / 'runs' / lost} to have it run again" in error
+        (out / "results.jsonl").write_text(rows)
+
     # Without the runs their rows still count, and rows that are not asked for stay.
     shutil.rmtree(out / "runs")
     assert main([*command[:3], "vcpo", *command[4:], *TINY]) == 0

@@ -35,7 +35,7 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+            write_atomically(path / "config.toml", dump_toml(config))
         except OSError as error:
             raise ConfigError(f"cannot write to {path}: {error.strerror}; set run.folder") from error
         return RunFolder(path)
