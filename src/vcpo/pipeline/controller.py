@@ -86,7 +86,9 @@ class Controller:
 
     def __post_init__(self) -> None:
         self._arrived = asyncio.Event()
-        self._stopped, self._hurried = asyncio.Event(), asyncio.Event()
+        self._stopped, self._hurried = asyncio.Event(), False
+        self._limits: set[asyncio.Timeout] = set()
+        """Of what is waited for and can be given up."""
         self._broken: BaseException | None = None
         self._published: asyncio.Future[Any] | None = None
         self._begun = time.perf_counter()
@@ -106,7 +108,9 @@ class Controller:
 
     def hurry(self) -> None:
         """After ``stop``: give up what is being played or evaluated; those who wait get GivenUpError."""
-        self._hurried.set()
+        self._hurried = True
+        for limit in self._limits:
+            limit.reschedule(0.0)
 
     async def collect(self) -> None:
         """Journal groups as they arrive, and have others played in the place of those that are skipped. Never
@@ -289,15 +293,17 @@ class Controller:
 
     async def _unless_hurried(self, work: Awaitable[T]) -> T:
         """What ``work`` gives. Raises GivenUpError, and cancels it, if the run must end now."""
-        task, hurried = asyncio.ensure_future(work), asyncio.ensure_future(self._hurried.wait())
+        limit = asyncio.timeout(0 if self._hurried else None)
         try:
-            await asyncio.wait({task, hurried}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise GivenUpError
-            return task.result()
+            async with limit:
+                self._limits.add(limit)
+                return await work
+        except TimeoutError:
+            if limit.expired():
+                raise GivenUpError from None
+            raise
         finally:
-            task.cancel()
-            hurried.cancel()
+            self._limits.discard(limit)
 
     async def _evaluate_if_due(self, row: dict[str, Any]) -> None:
         """Evaluate the version just made if it is due, before anything new is admitted under it."""
