@@ -10,8 +10,8 @@ than an hour on two cores. Studies:
 - rates: every method at three learning rates, lag 16, seeds 100 and 101. The rule, stated before anything was
   run: a method's rate is the one with the best mean final sampled accuracy; among equals the lowest. Added
   when it had been run: a method whose rate is the lowest of the three is tried at half of it too, and, if
-  that is the best then, at a quarter. (Nobody gets a higher one: the tapered methods, whose rate is the
-  highest of the three, are the ones that a comparison must not favour.)
+  that is the best then, at a quarter. Nobody gets a higher one: the seven methods whose rate is the highest
+  of the three, tapered ones and rivals of theirs, may be the better for it.
 - rates-collect: eight methods on the second task, by the same rule.
 - lag, lag-collect: every method at its rate, over lags and fresh seeds, on two tasks. On the second one those
   that rates-collect has not run at the rate that suited them on the first.

@@ -270,15 +270,18 @@ def test_a_worker_that_is_silent_is_named_and_ended(
 # The parent is killed, or asked to end
 
 
-def start_driver(config: Config) -> tuple[subprocess.Popen[str], Path]:
+def start_driver(
+    config: Config, last_seconds: float = interrupts.LAST_SECONDS
+) -> tuple[subprocess.Popen[str], Path]:
     """A driver of a new run. In a session of its own, as a terminal would give it."""
     run = RunFolder.create(config)
-    return resume_driver(run.path), run.path
+    return resume_driver(run.path, last_seconds), run.path
 
 
-def resume_driver(run: Path) -> subprocess.Popen[str]:
+def resume_driver(run: Path, last_seconds: float = interrupts.LAST_SECONDS) -> subprocess.Popen[str]:
+    shorter = f"from vcpo.runtime import interrupts; interrupts.LAST_SECONDS = {last_seconds}\n"
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(run)],
+        [sys.executable, "-c", shorter + DRIVER, str(run)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -343,7 +346,18 @@ def test_ctrl_c_ends_the_run_in_order(tmp_path: Path, notes: Path) -> None:
 def test_ctrl_c_does_not_wait_for_a_worker_that_is_stuck(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The learner hangs in a step: a second Ctrl-C does not wait for it, and the checkpoint before stays."""
+    """The learner hangs in a step: it is waited for up to the limit, and the checkpoint before stays."""
+    monkeypatch.setenv("VCPO_TEST_TROUBLE", "learner:step:block")
+    driver, run = start_driver(config_of(tmp_path, learner__checkpoint_every=2), last_seconds=3.0)
+    wait_until(lambda: steps_of(run) >= 3)
+    driver.send_signal(signal.SIGINT)
+    output, errors = driver.communicate(timeout=PATIENCE)
+    assert (driver.returncode, errors, json.loads(output)["steps"]) == (0, "", 3)
+    assert json.loads((run / "light-checkpoint.json").read_text())["version"] == 2
+    assert interrupts.LAST_SECONDS + local.EXIT_SECONDS < children.STOP_SECONDS
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VCPO_TEST_TROUBLE", "learner:step:block")
     driver, run = start_driver(config_of(tmp_path, learner__checkpoint_every=2))
     wait_until(lambda: steps_of(run) >= 3)
@@ -355,7 +369,6 @@ def test_ctrl_c_does_not_wait_for_a_worker_that_is_stuck(
     assert driver.returncode != 0 and steps_of(run) == 3
     assert json.loads((run / "light-checkpoint.json").read_text())["version"] == 2
     wait_until(lambda: workers_of(notes) == [])
-    assert interrupts.LAST_SECONDS + local.EXIT_SECONDS < children.STOP_SECONDS
 
 
 def test_ctrl_c_before_there_is_anything_to_train(

@@ -134,7 +134,7 @@ def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str,
 
     Raises ConfigError for a row with other settings: it would be lost.
     """
-    rows = _completed_rows(out)
+    rows = _completed(_read_rows(out))
     known = {}
     for cell in cells:
         row = rows.get(cell.name)
@@ -152,7 +152,7 @@ def known_results(cells: Iterable[Cell], recipe: Config, out: Path) -> dict[str,
 def impossible_results(results: Iterable[Result], recipe: Config, out: Path) -> dict[str, Result]:
     """By name, of controls that cannot be run now: those that were completed before, as results.jsonl has
     them, if that is of the same settings; else nothing, as that row stays; else the failure."""
-    rows, found = _completed_rows(out), {}
+    rows, found = _completed(_read_rows(out)), {}
     for result in results:
         name, row = result.cell.name, rows.get(result.cell.name)
         if row is None:
@@ -162,8 +162,9 @@ def impossible_results(results: Iterable[Result], recipe: Config, out: Path) -> 
     return found
 
 
-def _completed_rows(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["run"]: row for row in _read_rows(out) if row.get("status") == COMPLETED}
+def _completed(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows of completed runs by name."""
+    return {row["run"]: row for row in rows if row["status"] == COMPLETED}
 
 
 def _result_of_row(cell: Cell, row: Mapping[str, Any]) -> Result:
@@ -184,12 +185,13 @@ def write_results(results: Sequence[Result], recipe: Config, out: Path) -> Path:
 
     A completed row is not replaced by one of a run that is not.
     """
-    path, names, before = out / RESULTS_FILE, {result.cell.name for result in results}, _completed_rows(out)
+    path, names, there = out / RESULTS_FILE, {result.cell.name for result in results}, _read_rows(out)
+    before = _completed(there)
     rows = [
         result.row(recipe) if result.status == COMPLETED else before.get(result.cell.name, result.row(recipe))
         for result in results
     ]
-    rows += [row for row in _read_rows(out) if row["run"] not in names]
+    rows += [row for row in there if row["run"] not in names]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
